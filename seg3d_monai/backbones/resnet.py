@@ -1,0 +1,199 @@
+"""3D residual networks (He et al. 2016) with GroupNorm and a stride per axis for anisotropic voxels.
+
+Level `c1` is the first stage; a level's stride is the product of the stem's and of all stages' up to it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seg3d_monai.layers import ConvNormAct
+from seg3d_monai.layers.conv import check_axes
+
+Axes = tuple[int, int, int]
+DEFAULT_STRIDES: tuple[Axes, ...] = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+
+
+class Residual(nn.Module):
+    """A residual block, basic (two 3³ convolutions) or bottleneck (1, 3³, 1; `expansion` 4).
+
+    Args:
+        in_channels: input channels.
+        width: channels of the inner convolutions; the output has `width * expansion`.
+        stride: (z, y, x) stride of the block.
+        bottleneck: whether the block is a bottleneck.
+    """
+
+    def __init__(self, in_channels: int, width: int, stride: Axes, bottleneck: bool) -> None:
+        super().__init__()
+        out_channels = width * (4 if bottleneck else 1)
+        if bottleneck:
+            self.body = nn.Sequential(
+                ConvNormAct(in_channels, width, 1),
+                ConvNormAct(width, width, 3, stride),
+                ConvNormAct(width, out_channels, 1, act=False),
+            )
+        else:
+            self.body = nn.Sequential(
+                ConvNormAct(in_channels, width, 3, stride), ConvNormAct(width, out_channels, 3, act=False)
+            )
+        # A block starts as the identity: deep stacks then train without warm-up of the signal's scale.
+        nn.init.zeros_(self.body[-1][1].weight)  # type: ignore[index, arg-type]
+        same = in_channels == out_channels and stride == (1, 1, 1)
+        self.shortcut = nn.Identity() if same else ConvNormAct(in_channels, out_channels, 1, stride, act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, D, H, W] -> [N, width * expansion, D', H', W']."""
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """ResNet for volumes.
+
+    Args:
+        in_channels: image channels, >= 1.
+        depths: blocks of each stage.
+        widths: width of each stage's blocks; a bottleneck stage outputs four times as many channels.
+        stem_channels: channels of the stem.
+        stem_kernel: (z, y, x) odd kernel of the stem.
+        stem_stride: (z, y, x) stride of the stem.
+        stage_strides: (z, y, x) stride of each stage.
+        bottleneck: bottleneck blocks instead of basic ones.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: the stage lists differ in length, or a stride is not three positive integers.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        stem_channels: int,
+        stem_kernel: Sequence[int] = (3, 5, 5),
+        stem_stride: Sequence[int] = (1, 2, 2),
+        stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
+        bottleneck: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if not len(depths) == len(widths) == len(stage_strides):
+            raise ValueError(
+                f"depths {list(depths)}, widths {list(widths)} and stage_strides {list(stage_strides)} "
+                "differ in length; give one entry a stage in each"
+            )
+        self.activation_checkpointing = activation_checkpointing
+        stride = check_axes("stem_stride", stem_stride)
+        self.stem = ConvNormAct(in_channels, stem_channels, check_axes("stem_kernel", stem_kernel), stride)
+        self.stages = nn.ModuleDict()
+        self.channels: dict[str, int] = {}
+        self.strides: dict[str, Axes] = {}
+        channels = stem_channels
+        for i, (depth, width, step) in enumerate(zip(depths, widths, stage_strides, strict=True), start=1):
+            step = check_axes("stage_strides", step)
+            blocks = []
+            for j in range(depth):
+                blocks.append(Residual(channels, width, step if j == 0 else (1, 1, 1), bottleneck))
+                channels = width * (4 if bottleneck else 1)
+            self.stages[f"c{i}"] = nn.Sequential(*blocks)
+            stride = (stride[0] * step[0], stride[1] * step[1], stride[2] * step[2])
+            self.channels[f"c{i}"] = channels
+            self.strides[f"c{i}"] = stride
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """[N, in_channels, D, H, W] -> {"c1": [N, C1, ceil(D/s1z), ...], "c2": ...}, finest first."""
+        x = self.stem(images)
+        features = {}
+        for level, stage in self.stages.items():
+            for block in stage:  # type: ignore[attr-defined]
+                if self.activation_checkpointing and self.training:
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+            features[level] = x
+        return features
+
+
+def resnet10(
+    *,
+    in_channels: int = 1,
+    width: int = 32,
+    stem_stride: Sequence[int] = (1, 2, 2),
+    stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
+    activation_checkpointing: bool = False,
+) -> ResNet:
+    """ResNet-10: one basic block a stage; `width` is the first stage's, doubled at each following one up to 8x."""
+    return _resnet((1, 1, 1, 1), False, in_channels, width, stem_stride, stage_strides, activation_checkpointing)
+
+
+def resnet18(
+    *,
+    in_channels: int = 1,
+    width: int = 64,
+    stem_stride: Sequence[int] = (1, 2, 2),
+    stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
+    activation_checkpointing: bool = False,
+) -> ResNet:
+    """ResNet-18: two basic blocks a stage."""
+    return _resnet((2, 2, 2, 2), False, in_channels, width, stem_stride, stage_strides, activation_checkpointing)
+
+
+def resnet34(
+    *,
+    in_channels: int = 1,
+    width: int = 64,
+    stem_stride: Sequence[int] = (1, 2, 2),
+    stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
+    activation_checkpointing: bool = False,
+) -> ResNet:
+    """ResNet-34: 3, 4, 6 and 3 basic blocks."""
+    return _resnet((3, 4, 6, 3), False, in_channels, width, stem_stride, stage_strides, activation_checkpointing)
+
+
+def resnet50(
+    *,
+    in_channels: int = 1,
+    width: int = 64,
+    stem_stride: Sequence[int] = (1, 2, 2),
+    stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
+    activation_checkpointing: bool = False,
+) -> ResNet:
+    """ResNet-50: 3, 4, 6 and 3 bottlenecks."""
+    return _resnet((3, 4, 6, 3), True, in_channels, width, stem_stride, stage_strides, activation_checkpointing)
+
+
+def resnet101(
+    *,
+    in_channels: int = 1,
+    width: int = 64,
+    stem_stride: Sequence[int] = (1, 2, 2),
+    stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
+    activation_checkpointing: bool = False,
+) -> ResNet:
+    """ResNet-101: 3, 4, 23 and 3 bottlenecks."""
+    return _resnet((3, 4, 23, 3), True, in_channels, width, stem_stride, stage_strides, activation_checkpointing)
+
+
+def _resnet(
+    depths: Sequence[int],
+    bottleneck: bool,
+    in_channels: int,
+    width: int,
+    stem_stride: Sequence[int],
+    stage_strides: Sequence[Sequence[int]],
+    activation_checkpointing: bool,
+) -> ResNet:
+    return ResNet(
+        in_channels=in_channels,
+        depths=depths,
+        widths=[width * 2**i for i in range(len(depths))],
+        stem_channels=width,
+        stem_stride=stem_stride,
+        stage_strides=stage_strides,
+        bottleneck=bottleneck,
+        activation_checkpointing=activation_checkpointing,
+    )

@@ -1,0 +1,141 @@
+"""Finds a bundle's configuration files and runs them with `monai.bundle.run`, the keys of overrides checked first.
+
+It adds nothing to what the configuration says. A misspelt key's first part is refused here, before MONAI is imported;
+what lies behind a `#` is checked by the bundle itself. Bundles are MONAI bundles: a folder with `configs/`, overlays
+in `configs/overlays/`.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fire.parser import DefaultParseValue
+
+from seg3d_monai.cli_arguments import UsageError, nearest
+
+# Arguments of monai.bundle.run itself, which no configuration file declares.
+RUN_ARGUMENTS = ("init_id", "final_id", "meta_file", "logging_file", "tracking", "args_file")
+
+
+def find_bundle(bundle: str) -> Path:
+    """The folder of a bundle.
+
+    Args:
+        bundle: A folder, or the name of a folder in ./bundles.
+
+    Raises:
+        FileNotFoundError: If neither holds configs/.
+    """
+    folders = [Path(bundle), Path("bundles") / bundle, Path(__file__).resolve().parents[1] / "bundles" / bundle]
+    for folder in folders:
+        if (folder / "configs").is_dir():
+            return folder
+    if Path(bundle).is_dir():
+        raise FileNotFoundError(f"bundle {bundle!r} has no folder configs; name a MONAI bundle's own folder")
+    known = {path.parent.name for root in {folders[1].parent, folders[2].parent} for path in root.glob("*/configs")}
+    raise FileNotFoundError(f"bundle {bundle!r} does not exist; {nearest(Path(bundle).name, known)}")
+
+
+def config_files(folder: Path, config_file: str | None, default: str) -> list[str]:
+    """The configuration files to run: those named, by path or by name in the bundle, else the bundle's default.
+
+    Args:
+        folder: The bundle.
+        config_file: One name, or several as monai.bundle takes them, `"['a.json','b.json']"`.
+        default: Name of a file in configs/.
+
+    Raises:
+        FileNotFoundError: If one of them does not exist.
+    """
+    if config_file is None:
+        names = [default]
+    else:
+        names = [name.strip().strip("'\"") for name in config_file.strip().strip("[]").split(",")]
+    return [_existing(folder / "configs", name, "config file") for name in names]
+
+
+def overlay_files(folder: Path, overlay: str | None) -> list[str]:
+    """The overlay files of a bundle.
+
+    Args:
+        folder: The bundle.
+        overlay: Names without .json, separated by commas.
+
+    Raises:
+        FileNotFoundError: If the bundle has no such overlay.
+    """
+    names = [name.strip() for name in (overlay or "").strip("[]()").split(",") if name.strip()]
+    overlays = folder / "configs" / "overlays"
+    return [_existing(overlays, name.removesuffix(".json") + ".json", "overlay") for name in names]
+
+
+def run_bundle(
+    run_id: str, files: list[str], flags: Mapping[str, str], options: Mapping[str, Any] | None = None
+) -> None:
+    """Exactly `python -m monai.bundle run RUN_ID --config_file FILES --KEY VALUE ...`, its keys checked first.
+
+    Args:
+        run_id: The configuration's entry to run.
+        files: Configuration files, later ones win.
+        flags: Keys of the configuration, `#` for nested ones, and their values as text.
+        options: Further keys, their values already parsed.
+
+    Raises:
+        UsageError: If a key's first part is in none of the files.
+    """
+    declared: dict[str, Any] = {}
+    for file in files:
+        declared |= {key.lstrip("+"): value for key, value in _read_config(file).items()}
+    top_level = {key.partition("#")[0] for key in declared}
+    for key in [*flags, *(options or {})]:
+        if _first(key) not in top_level | set(RUN_ARGUMENTS):
+            raise UsageError(f"unknown flag --{key}; {nearest(key, top_level, prefix='--')}")
+    overrides = {key: _parse(key, text, declared.get(key)) for key, text in flags.items()} | dict(options or {})
+
+    # Whoever names a bundle trusts it; the README says so, and a warning at each run would hide other ones.
+    warnings.filterwarnings("ignore", message="parsing config_file")
+    from monai.bundle import run
+
+    run(run_id, config_file=files if len(files) > 1 else files[0], **overrides)
+
+
+def literal_path(path: str) -> str:
+    """A path that a bundle's configuration does not take for a reference, a macro or an expression."""
+    return f"./{path}" if path.startswith(("@", "%", "$")) else path
+
+
+def _existing(folder: Path, name: str, kind: str) -> str:
+    """The path of `name`, tried as a path and inside `folder`."""
+    for candidate in (Path(name), folder / name):
+        if candidate.is_file():
+            return str(candidate)
+    known = [path.name for path in folder.glob("*.json")]
+    raise FileNotFoundError(f"{kind} {name!r} does not exist; {nearest(Path(name).name, known)}")
+
+
+def _first(key: str) -> str:
+    return key.replace("::", "#").partition("#")[0]
+
+
+def _parse(key: str, text: str, declared: Any) -> Any:
+    """The value that `python -m monai.bundle` would see, except that a folder called 2024 stays a folder."""
+    names_path = key.endswith(("_dir", "_file", "_path"))
+    is_text = isinstance(declared, str) and not declared.startswith(("$", "@", "%"))
+    value = DefaultParseValue(text)
+    return text if isinstance(value, int | float) and (names_path or is_text) else value
+
+
+def _read_config(file: str) -> dict[str, Any]:
+    if not file.endswith(".json"):
+        from monai.bundle import ConfigParser
+
+        return dict(ConfigParser.load_config_file(file))
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"config file {file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config file {file} holds no JSON object; a configuration is {{key: value}}")
+    return content

@@ -1,0 +1,14 @@
+// Schemas of the operators. The Python package declares the same ones (ops/schemas.py) when it runs without this
+// library.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(seg3d, m) {
+  m.def(
+      "roi_align3d(Tensor features, Tensor boxes, Tensor batch_index, SymInt out_d, SymInt out_h, SymInt out_w, "
+      "float scale_z, float scale_y, float scale_x, int sampling_ratio, bool aligned) -> Tensor");
+  m.def(
+      "roi_align3d_backward(Tensor grad, Tensor boxes, Tensor batch_index, SymInt batch, SymInt depth, SymInt height, "
+      "SymInt width, float scale_z, float scale_y, float scale_x, int sampling_ratio, bool aligned) -> Tensor");
+  m.def("nms3d(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
+  m.def("batched_nms3d(Tensor boxes, Tensor scores, Tensor group, float iou_threshold) -> Tensor");
+}

@@ -1,0 +1,261 @@
+"""Datasets over the crop index: augmented training crops with targets, and whole volumes for validation.
+
+An item of `CropDataset` is a function of (seed, epoch, position) and of the files, never of a worker's running state:
+a draw from the index, the region's voxels, the transform with its own seed, then targets derived from what the
+transform left.
+
+Must not know: SQL, models, losses.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from seg3d_monai.data.crop_index import CropIndex, VolumeRecord
+from seg3d_monai.data.crop_sampling import Balance, CropDraw, CropSampler, Roi
+from seg3d_monai.data.intensity import Intensity
+from seg3d_monai.data.targets import IGNORE, Targets, compact_labels, derive_targets
+from seg3d_monai.data.volume import Volume
+from seg3d_monai.data.volume_cache import VolumeCache
+
+Transform = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
+
+class CropSample(TypedDict):
+    """One training crop.
+
+    image: float32 [C, D, H, W], normalised.
+    targets: see `Targets`; ids are the compact ids of the volume in the index.
+    crop_id: the crop of the grid that the region came from or lies nearest to.
+    volume: name of the volume.
+    roi: (z1, y1, x1, z2, y2, x2) of the crop before augmentation, volume frame, inside the volume.
+    """
+
+    image: torch.Tensor
+    targets: Targets
+    crop_id: int
+    volume: str
+    roi: Roi
+
+
+class CropDataset(Dataset[CropSample]):
+    """Random crops of indexed volumes, with targets.
+
+    Args:
+        index: the crop index.
+        num_samples: items per epoch.
+        crop_size: extent of the crops, (z, y, x) voxels; the index's by default.
+        where: filter expression over the columns of the index, such as ``quality_image >= 2``.
+        split: "train", "val", "test" or None for all.
+        transform: callable on {"image": float32 [C, D, H, W], "label": int32 [1, D, H, W]}, such as
+            `train_transforms()`; labels are 0 background, -1 ignore, else compact ids from 1, which it must keep. One
+            with `set_random_state` is seeded per sample.
+        seed: of every draw.
+        foreground_prob: probability of a draw by an instance rather than by position, 0 to 1.
+        balance: what is equally likely: each "volume", each "specimen" or each "crop".
+        margin: voxels read beyond the region on every side, (z, y, x), so that rotations bring in neighbours rather
+            than padding; the transform sees crop_size + 2 * margin, and what it returns is cropped at the centre.
+        min_voxels: visible voxels below which a cut instance becomes ignore; the index's by default.
+        min_visible: visible fraction below which a cut instance becomes ignore, 0 to 1.
+        cache_bytes: bytes of decoded volumes each process keeps.
+
+    Raises:
+        ValueError: for arguments out of range, an unknown column, and when no crop matches.
+    """
+
+    def __init__(
+        self,
+        index: CropIndex,
+        *,
+        num_samples: int,
+        crop_size: Sequence[int] | None = None,
+        where: str | None = None,
+        split: str | None = None,
+        transform: Transform | None = None,
+        seed: int = 0,
+        foreground_prob: float = 0.9,
+        balance: Balance = "volume",
+        margin: Sequence[int] = (0, 0, 0),
+        min_voxels: int | None = None,
+        min_visible: float = 0.1,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        size = tuple(int(n) for n in (index.crop_size if crop_size is None else crop_size))
+        if len(size) != 3 or min(size) < 1:
+            raise ValueError(f"crop_size={crop_size} is not three positive voxel counts; give (z, y, x)")
+        if len(margin) != 3 or min(margin) < 0:
+            raise ValueError(f"margin={margin} is not three voxel counts from 0; give (z, y, x)")
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} leaves nothing to draw; use 1 or more")
+        if seed < 0:
+            raise ValueError(f"seed={seed} is negative; use 0 or more")
+        if not 0.0 <= min_visible <= 1.0:
+            raise ValueError(f"min_visible={min_visible} is not a fraction; use a number from 0 to 1")
+        self.index = index
+        self.num_samples = int(num_samples)
+        self.crop_size = size
+        self.seed = int(seed)
+        self.transform = transform
+        self._margin = tuple(int(n) for n in margin)
+        self._min_voxels = index.min_voxels if min_voxels is None else int(min_voxels)
+        self._min_visible = float(min_visible)
+        self._sampler = CropSampler(
+            index=index,
+            crop_size=size,
+            where=where,
+            split=split,
+            foreground_prob=foreground_prob,
+            balance=balance,
+        )
+        self._cache = VolumeCache(max_bytes=int(cache_bytes))
+        channels = sorted({volume.shape[0] for volume in self._sampler.volumes})
+        if len(channels) > 1:
+            raise ValueError(f"the volumes have {channels} channels; select equal ones, such as where='channels == 1'")
+        self.num_channels = channels[0]
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, item: int | tuple[int, int]) -> CropSample:
+        """Make one crop.
+
+        Args:
+            item: (epoch, position), or a position of epoch 0.
+
+        Raises:
+            IndexError: if the position is not below `num_samples`.
+        """
+        epoch, position = item if isinstance(item, tuple) else (0, item)
+        if not 0 <= position < self.num_samples:
+            raise IndexError(f"position {position} is outside 0 … {self.num_samples - 1}")
+        rng = np.random.default_rng([self.seed, int(epoch), int(position)])
+        draw = self._sampler.draw(rng)
+        transform_seed = int(rng.integers(2**32))
+        image, label = self._read(draw)
+        codes, labels = compact_labels(label, ignore=int(np.iinfo(label.dtype).max))
+        record = self.index.instances(draw.volume.id, labels=labels.tolist())
+        if len(record) != len(labels):
+            raise ValueError(f"{draw.volume.label} holds ids that the index does not know; build the index again")
+
+        data = {
+            "image": torch.from_numpy(self._pad(draw, draw.volume.intensity.normalise(image), 0)),
+            "label": torch.from_numpy(self._pad(draw, codes, IGNORE)),
+        }
+        if self.transform is not None:
+            if hasattr(self.transform, "set_random_state"):
+                self.transform.set_random_state(seed=transform_seed)
+            data = dict(self.transform(data))
+        image_crop = _fit(_plain(data["image"]).to(torch.float32), self.crop_size, 0.0)
+        code_crop = _fit(_plain(data["label"]), self.crop_size, IGNORE)[0].numpy()
+
+        # ids of the transformed crop are ranks within the crop; the volume's own ids come back through a table.
+        table = np.concatenate([[0], record.ids, [IGNORE]])
+        targets = derive_targets(
+            table[code_crop.astype(np.int64)],
+            classes=dict(zip(record.ids.tolist(), record.classes.tolist(), strict=True)),
+            full_voxels=dict(zip(record.ids.tolist(), record.voxels.tolist(), strict=True)),
+            min_voxels=self._min_voxels,
+            min_visible=self._min_visible,
+        )
+        return CropSample(
+            image=image_crop, targets=targets, crop_id=draw.crop_id, volume=draw.volume.name, roi=draw.roi
+        )
+
+    def _read(self, draw: CropDraw) -> tuple[np.ndarray, np.ndarray]:
+        """Raw image [C, d, h, w] and labels [1, d, h, w] of the region and as much of its margin as the volume has."""
+        volume, roi = draw.volume, self._region(draw)[1].tolist()
+        image = self._cache.read(("image", volume.image, volume.id), lambda: self.index.open_image(volume), roi)
+        label = self._cache.read(("label", volume.label, volume.id), lambda: self.index.open_label(volume), roi)
+        return image, label
+
+    def _region(self, draw: CropDraw) -> tuple[np.ndarray, np.ndarray]:
+        """The region with its margin at full size, which may leave the volume, and the part of it inside."""
+        margin, size = np.array(self._margin), np.array(self.crop_size)
+        start = np.array(draw.roi[:3]) - margin
+        stop = start + size + 2 * margin
+        extent = np.array(draw.volume.shape[1:])
+        inside = np.concatenate([np.clip(start, 0, extent), np.clip(stop, 0, extent)])
+        return np.concatenate([start, stop]), inside
+
+    def _pad(self, draw: CropDraw, array: np.ndarray, value: int) -> np.ndarray:
+        full, inside = self._region(draw)
+        widths = [(int(inside[a] - full[a]), int(full[a + 3] - inside[a + 3])) for a in range(3)]
+        if not any(before or after for before, after in widths):
+            return np.ascontiguousarray(array)
+        return np.pad(array, [(0, 0), *widths], constant_values=value)
+
+
+class VolumeItem(TypedDict):
+    """One volume for validation.
+
+    volume: the image, raw voxels.
+    label: the label volume as on disk; the dtype's maximum is ignore.
+    name: the volume's name.
+    classes: class of each id on disk.
+    intensity: its normalisation.
+    """
+
+    volume: Volume
+    label: Volume
+    name: str
+    classes: dict[int, int]
+    intensity: Intensity
+
+
+class VolumeDataset(Dataset[VolumeItem]):
+    """Whole volumes of an index, opened lazily, in the order of the manifest.
+
+    Args:
+        index: the crop index.
+        split: "train", "val", "test", None for all, or several, of which the first that has a matching volume is taken:
+            ``("test", "val")`` is the test split where there is one.
+        where: filter expression; a volume is taken if one of its crops matches.
+
+    Raises:
+        ValueError: for an unknown column or split, and when no volume matches.
+    """
+
+    def __init__(self, index: CropIndex, *, split: str | Sequence[str] | None = None, where: str | None = None) -> None:
+        self.index = index
+        choices = [split] if split is None or isinstance(split, str) else list(split)
+        found = [index.volumes(where=where, split=choice) for choice in choices]
+        self.records: list[VolumeRecord] = next((records for records in found if records), [])
+        if not self.records:
+            raise ValueError(
+                f"no volume of {index.path.name} matches where={where!r} and split={split!r}; "
+                f"its splits are {', '.join(index.splits)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, position: int) -> VolumeItem:
+        record = self.records[position]
+        table = self.index.instances(record.id)
+        return VolumeItem(
+            volume=self.index.open_image(record),
+            label=self.index.open_label(record),
+            name=record.name,
+            classes=dict(zip(table.labels.tolist(), table.classes.tolist(), strict=True)),
+            intensity=record.intensity,
+        )
+
+
+def _plain(tensor: Any) -> torch.Tensor:
+    """A plain tensor: MONAI's carries metadata that costs time in every later operation."""
+    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else torch.as_tensor(tensor)
+
+
+def _fit(tensor: torch.Tensor, size: Sequence[int], value: float) -> torch.Tensor:
+    """Crop [C, D, H, W] at the centre where it is too large, pad it at the end where it is too small."""
+    for axis, wanted in enumerate(size, start=1):
+        surplus = tensor.shape[axis] - wanted
+        if surplus > 0:
+            tensor = tensor.narrow(axis, surplus // 2, wanted)
+    padding = [n for axis in (3, 2, 1) for n in (0, size[axis - 1] - tensor.shape[axis])]
+    if any(padding):
+        tensor = torch.nn.functional.pad(tensor, padding, value=value)
+    return tensor.contiguous()

@@ -1,0 +1,157 @@
+"""Intensity normalisation: two percentiles per channel, measured once per volume and used for all of its blocks.
+
+Percentiles because cameras differ in offset and gain and a stack holds a few very bright voxels. It is measured on the
+whole volume or a regular sample of it, never on the block at hand, so neighbouring blocks agree.
+This file must not know models or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from seg3d_monai.data.volume import Volume, sample_rois, storage_rois
+
+NORMALISED_RANGE = (-1.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """The grey values that become 0 and 1, per channel.
+
+    Args:
+        low: value that becomes 0, one per channel.
+        high: value that becomes 1, one per channel, greater than low.
+
+    Raises:
+        ValueError: the lengths differ, a value is not finite, or high is not greater than low.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "low", tuple(float(value) for value in self.low))
+        object.__setattr__(self, "high", tuple(float(value) for value in self.high))
+        is_sound = len(self.low) == len(self.high) > 0 and all(
+            np.isfinite(a) and np.isfinite(b) and a < b for a, b in zip(self.low, self.high, strict=True)
+        )
+        if not is_sound:
+            raise ValueError(f"low={self.low} and high={self.high} must be finite, one per channel, low below high")
+
+    def normalise(self, array: np.ndarray) -> np.ndarray:
+        """Map low to 0 and high to 1, clipped to [-1, 8].
+
+        Args:
+            array: [C, ...] raw voxels, bool, integer or floating.
+
+        Returns:
+            A new float32 array of the same shape.
+
+        Raises:
+            ValueError: the number of channels differs.
+        """
+        array = np.asarray(array)
+        if array.ndim == 0 or array.shape[0] != len(self.low):
+            raise ValueError(f"array of shape {array.shape} must have {len(self.low)} channels first")
+        # float32 holds every integer of 16 bits; wider types would lose their low digits before the subtraction.
+        is_narrow = array.dtype.itemsize <= 2 or array.dtype == np.float32
+        work: np.ndarray = array.astype(np.float32 if is_narrow else np.float64)
+        column = (-1,) + (1,) * (array.ndim - 1)
+        low = np.asarray(self.low, dtype=work.dtype).reshape(column)
+        span = np.asarray(np.subtract(self.high, self.low), dtype=work.dtype).reshape(column)
+        np.subtract(work, low, out=work)
+        np.divide(work, span, out=work)
+        np.clip(work, *NORMALISED_RANGE, out=work)
+        return work.astype(np.float32, copy=False)
+
+    def to_json(self) -> dict[str, list[float]]:
+        """The values as lists, for `json.dump`."""
+        return {"low": list(self.low), "high": list(self.high)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Sequence[float]]) -> Intensity:
+        """Build from what `to_json` gave.
+
+        Raises:
+            ValueError: `low` or `high` is missing or unsound.
+        """
+        if not {"low", "high"} <= set(values):
+            raise ValueError(f"intensity {dict(values)!r} must have the keys low and high")
+        return cls(low=tuple(values["low"]), high=tuple(values["high"]))
+
+
+def measure_intensity(
+    volume: Volume, percentiles: tuple[float, float] = (1.0, 99.8), max_voxels: int = 2**24
+) -> Intensity:
+    """Measure a volume's low and high grey value per channel.
+
+    Args:
+        volume: bool, integer or floating voxels.
+        percentiles: (low, high) in 0 to 100, low below high.
+        max_voxels: a volume of at most this many voxels per channel is measured exactly, a larger one on a regular grid
+            of sub-blocks with about as many voxels; the grid depends on the shape alone.
+
+    Returns:
+        The percentiles. Where they coincide high is the largest sampled value, and low + 1 where that is no larger.
+
+    Raises:
+        ValueError: a voxel is NaN or infinite, or an argument is out of range.
+    """
+    lower, upper = percentiles
+    if not 0 <= lower < upper <= 100:
+        raise ValueError(f"percentiles={percentiles!r} must be two numbers in 0 to 100, the first below the second")
+    if max_voxels < 1:
+        raise ValueError(f"max_voxels={max_voxels} must be at least 1")
+    parts: list[np.ndarray] = []
+    for roi in sample_rois(volume.shape[1:], max_voxels):
+        block = volume.read(roi)
+        _check_block(block, roi, volume.path)
+        parts.append(block.reshape(block.shape[0], -1))
+    low: list[float] = []
+    high: list[float] = []
+    for channel in range(volume.shape[0]):
+        values = np.concatenate([part[channel] for part in parts])
+        if values.dtype == bool:
+            values = values.astype(np.uint8)
+        elif values.dtype == np.float16:
+            values = values.astype(np.float32)  # half precision would round the percentile itself
+        first, last = (float(value) for value in np.percentile(values, [lower, upper]))
+        if not first < last:
+            last = float(values.max())
+        # The step must survive addition to large values: one ulp more than 1 where 1 is lost.
+        low.append(first)
+        high.append(last if first < last else max(first + 1.0, float(np.nextafter(first, np.inf))))
+    return Intensity(low=tuple(low), high=tuple(high))
+
+
+def check_finite(volume: Volume) -> None:
+    """Stream a floating volume once to see that every voxel is a finite number.
+
+    Args:
+        volume: integer and bool volumes are not read.
+
+    Raises:
+        ValueError: names the first NaN or infinite voxel, in the order of reading.
+    """
+    if volume.dtype.kind != "f":
+        return
+    for roi in storage_rois(volume):
+        _check_block(volume.read(roi), roi, volume.path)
+
+
+def _check_block(block: np.ndarray, roi: Sequence[int], path: str | None) -> None:
+    if block.dtype.kind != "f":
+        return
+    finite = np.isfinite(block)
+    if not finite.all():
+        channel, *place = (int(i) for i in np.unravel_index(int(np.argmin(finite)), block.shape))
+        z, y, x = (i + start for i, start in zip(place, roi[:3], strict=True))
+        value: Any = block[(channel, *place)]
+        raise ValueError(
+            f"{path or 'volume'}: voxel (channel {channel}, z {z}, y {y}, x {x}) is {value}; replace NaN and infinite "
+            "voxels before use"
+        )

@@ -1,0 +1,25 @@
+"""Training and evaluation of instance models with Ignite and MONAI engines; see trainer.py and evaluator.py."""
+
+from seg3d_monai.engine.checkpoint import load_weights
+from seg3d_monai.engine.config import check_config, live_parser
+from seg3d_monai.engine.evaluator import FinalReport, VolumeEvaluator
+from seg3d_monai.engine.handlers import Checkpoints, CsvLog, Progress, Validation
+from seg3d_monai.engine.record import record_run
+from seg3d_monai.engine.schedule import WarmupCosine
+from seg3d_monai.engine.trainer import InstanceTrainer, TrainerEvents
+
+__all__ = [
+    "Checkpoints",
+    "CsvLog",
+    "FinalReport",
+    "InstanceTrainer",
+    "Progress",
+    "TrainerEvents",
+    "Validation",
+    "VolumeEvaluator",
+    "WarmupCosine",
+    "check_config",
+    "live_parser",
+    "load_weights",
+    "record_run",
+]

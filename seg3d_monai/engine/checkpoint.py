@@ -1,0 +1,165 @@
+"""Checkpoint files: atomic, format-versioned, checked when read, with the one before kept.
+
+`last.pt` and `last.prev.pt` hold the whole state of a training, `best.pt` the same at the best validation, `model.pt`
+plain weights (a state dict). All are zip archives of `torch.save` that load with `weights_only=True`; reading verifies
+their CRCs, so that a torn or flipped file is named instead of used. This module must not know what the state means.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "load_weights",
+    "read_checkpoint",
+    "read_last",
+    "replace_file",
+    "write_checkpoint",
+    "write_last",
+    "write_weights",
+]
+
+FORMAT = "seg3d_monai.checkpoint"
+VERSION = 1
+logger = logging.getLogger(__name__)
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file beside its place, flush it to the disk, then move it there; on any failure the old one stays.
+
+    Args:
+        path: the file's place; its folder must exist.
+        write: writes the content to an open binary file.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a training state (tensors, numbers, strings, containers of them) atomically."""
+    content = {"format": FORMAT, "version": VERSION, **state}
+    replace_file(path, lambda file: torch.save(content, file))
+
+
+def write_last(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write `last.pt`; the one before becomes `last.prev.pt`."""
+    incoming = folder / "last.new.pt"
+    write_checkpoint(incoming, state)  # first, so that a full disk leaves both older files alone
+    if (folder / "last.pt").exists():
+        os.replace(folder / "last.pt", folder / "last.prev.pt")
+    os.replace(incoming, folder / "last.pt")
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a plain state dict atomically."""
+    replace_file(path, lambda file: torch.save(dict(weights), file))
+
+
+def read_last(folder: Path) -> dict[str, Any] | None:
+    """Read `last.pt`, or the one before if it is missing or damaged (a warning names it); None if there is none.
+
+    Raises:
+        ValueError: if files exist and every one is damaged.
+    """
+    paths = [path for path in (folder / "last.pt", folder / "last.prev.pt") if path.exists()]
+    faults = []
+    for path in paths:
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            logger.warning("%s", error)
+            faults.append(str(error))
+    if faults:
+        raise ValueError("; ".join(faults))
+    return None
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a training state.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, no checkpoint of this package, or of a later format.
+    """
+    state = _read(Path(path))
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} is not a training checkpoint; give a last.pt or best.pt")
+    if state["version"] > VERSION:
+        raise ValueError(f"{str(path)!r} has format version {state['version']}, known is {VERSION}; update seg3d_monai")
+    return state
+
+
+def load_weights(network: _Network, path: str | Path) -> _Network:
+    """Load a plain state dict (`model.pt`) or the evaluated weights of a training checkpoint into a network.
+
+    Args:
+        network: receives the weights, in place; every key and shape must agree.
+        path: file of `write_weights`, `write_checkpoint` or any `torch.save(state_dict)`.
+
+    Returns:
+        The network, so that a config can write `"$load_weights(@network_def, @ckpt_path)"`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or naming the missing, unexpected and differently shaped keys.
+    """
+    weights = _read(Path(path))
+    if weights.get("format") == FORMAT:
+        weights = weights["ema"] or weights["network"]
+    own = network.state_dict()
+    shapes = [
+        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own.keys() & weights.keys()
+        if weights[k].shape != own[k].shape
+    ]
+    faults = {
+        "missing": sorted(own.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - own.keys()),
+        "differently shaped": sorted(shapes),
+    }
+    if any(faults.values()):
+        listed = "; ".join(
+            f"{len(keys)} {name}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}"
+            for name, keys in faults.items()
+            if keys
+        )
+        raise ValueError(
+            f"{str(path)!r} does not fit the network ({listed}); use the configuration it was trained with"
+        )
+    network.load_state_dict(weights)
+    return network
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} does not exist; train first or give another checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (bad := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"CRC of {bad}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{str(path)!r} is damaged ({reason}); delete it or give another checkpoint") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(state).__name__}, not weights; give a checkpoint")
+    return state

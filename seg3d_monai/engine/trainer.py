@@ -1,0 +1,353 @@
+"""The training engine: one iteration for every instance model whose criterion returns named losses.
+
+A thin `SupervisedTrainer`: batches keep their list of targets (no decollation), the criterion's weighted losses are
+summed, autocast also works on the CPU, and every random draw of an iteration follows from (seed, epoch, iteration). The
+learning rate and the end follow `progress`, which counts steps or, with `max_minutes`, whichever of steps and time is
+ahead. Validation, logs and files are the handlers' (handlers.py); this module must not know models, data or metrics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from ignite.engine import EventEnum, Events
+from monai.engines import SupervisedTrainer
+from monai.inferers import Inferer, SimpleInferer
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from seg3d_monai.inference.precision import autocast_dtype
+
+__all__ = ["InstanceTrainer", "TrainerEvents"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainerEvents(EventEnum):
+    """Events of InstanceTrainer beside Ignite's own."""
+
+    VALIDATED = "validated"
+
+
+class InstanceTrainer(SupervisedTrainer):
+    """Train a network on batches {"image": float [N,C,D,H,W], "targets": list of dicts, "crop_id": list, ...}.
+
+    The network is called as `inferer(image, network, targets)`, by default `network(image, targets)`, under autocast;
+    the criterion as `loss_function(outputs, targets)`, outside it. `state.output` is {"loss": total, each named loss}.
+
+    Args:
+        device: where the network is; batches are moved there.
+        max_epochs: epochs planned, > 0; with max_minutes, the most.
+        train_data_loader: iterable with a length; `set_epoch(epoch)` is called first if it has one.
+        network: in train mode, (images, targets) -> dict of outputs.
+        optimizer: over the network's parameters; the learning rates it comes with are the schedule's peaks.
+        loss_function: (outputs, targets) -> {name: scalar}, already weighted.
+        inferer: how the network is called; MONAI's SimpleInferer by default.
+        amp: "auto", "off", "bf16" or "fp16" (with gradient scaling); see `autocast_dtype`.
+        accumulation_steps: batches an optimizer step, >= 1; an epoch's last step may have fewer.
+        clip_norm: largest gradient norm of a step, > 0; None does not clip.
+        on_nonfinite: "stop" raises at a loss or gradient that is not finite, "skip" leaves the batch or step out.
+        schedule: progress in [0, 1] -> factor of the learning rates; None keeps them.
+        max_minutes: wall-clock minutes, validation included, summed over resumed runs; None counts steps only.
+        ema_decay: decay a step, in (0, 1), of the averaged weights that are evaluated and shipped; None does without.
+        seed: start of every random draw.
+        train_handlers: objects with `attach(engine)`.
+        clock: seconds that only grow; for tests.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the loader is empty or has no length.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: Iterable[dict[str, Any]],
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_function: Callable[[Any, list[dict[str, Tensor]]], dict[str, Tensor]],
+        inferer: Inferer | None = None,
+        amp: str = "off",
+        accumulation_steps: int = 1,
+        clip_norm: float | None = None,
+        on_nonfinite: str = "stop",
+        schedule: Callable[[float], float] | None = None,
+        max_minutes: float | None = None,
+        ema_decay: float | None = None,
+        seed: int = 0,
+        train_handlers: Sequence[Any] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        device = torch.device(device)
+        _require(max_epochs > 0, "max_epochs", max_epochs, "an integer > 0")
+        _require(accumulation_steps > 0, "accumulation_steps", accumulation_steps, "an integer > 0")
+        _require(clip_norm is None or clip_norm > 0, "clip_norm", clip_norm, "a number > 0, or null")
+        _require(on_nonfinite in ("stop", "skip"), "on_nonfinite", on_nonfinite, "'stop' or 'skip'")
+        _require(max_minutes is None or max_minutes > 0, "max_minutes", max_minutes, "a number > 0, or null")
+        _require(ema_decay is None or 0 < ema_decay < 1, "ema_decay", ema_decay, "a number in (0, 1), or null")
+        self._loader = _ResumableLoader(train_data_loader)
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            train_data_loader=self._loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            inferer=inferer or SimpleInferer(),
+            decollate=False,
+            event_names=[TrainerEvents],
+            accumulation_steps=accumulation_steps,
+        )
+        _require(
+            self.state.epoch_length > 0, "train_data_loader", train_data_loader, "a loader with at least one batch"
+        )
+        self.state.seed = seed
+        self.state.validated_iteration = 0
+        self.amp_type = autocast_dtype(amp, device)
+        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.clip_norm = clip_norm
+        self.on_nonfinite = on_nonfinite
+        self.schedule = schedule
+        self.max_minutes = max_minutes
+        self.ema = AveragedModel(network, multi_avg_fn=_ema(ema_decay)) if ema_decay else None
+        self.stopped_by: signal.Signals | None = None
+        self._peak_rates = [group["lr"] for group in optimizer.param_groups]
+        self._clock = clock
+        self._started = clock()
+        self._elapsed_before = 0.0
+        self.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
+        self.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_due)
+        self._register_handlers(train_handlers)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, earlier runs included."""
+        return self._elapsed_before + self._clock() - self._started
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]."""
+        steps = self.state.iteration / (self.state.max_epochs * self.state.epoch_length)
+        return min(1.0, max(steps, self.elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0))
+
+    @property
+    def at_step(self) -> bool:
+        """Whether the current batch is the last of its optimizer step: between steps the state can be saved."""
+        done = self.state.iteration % self.state.epoch_length
+        return done % self.accumulation_steps == 0  # 0 at an epoch's end, where a short step is taken
+
+    def run(self) -> None:  # type: ignore[override]
+        """Train to the end. SIGTERM and Ctrl-C end it after the current step, checkpoint handlers save, then it exits.
+
+        Raises:
+            SystemExit: with 128 + the signal's number, after a signal.
+            FloatingPointError: at a loss or gradient that is not finite, unless they are skipped.
+        """
+        self._started = self._clock()
+        self.stopped_by = None
+        with self._signals():
+            super().run()
+        if self.stopped_by is not None:
+            raise SystemExit(128 + self.stopped_by)
+
+    @contextmanager
+    def evaluated_weights(self) -> Iterator[dict[str, Tensor]]:
+        """Give the network the averaged weights, if any, and eval mode, within a `with`; yields its state dict."""
+        training = self.network.training
+        self.network.eval()
+        try:
+            self._swap_average()
+            yield self.network.state_dict()
+        finally:
+            self._swap_average()
+            self.network.train(training)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Everything that a later run needs to go on with the same bits: plain tensors, numbers and strings."""
+        names = ("iteration", "epoch_length", "seed", "best_metric", "best_metric_epoch", "validated_iteration")
+        return {
+            "network": self.network.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "ema_steps": 0 if self.ema is None else int(self.ema.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "grad_scaler": self.grad_scaler.state_dict(),
+            "elapsed": self.elapsed,
+            **{name: getattr(self.state, name) for name in names},
+        }
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint; to be called before or at Events.STARTED.
+
+        Raises:
+            ValueError: if it was made by another network, optimizer, length of an epoch or with another use of EMA.
+        """
+        length = checkpoint["epoch_length"]
+        mend = "start again in another output_dir, or with resume off"
+        if length != self.state.epoch_length:
+            raise ValueError(f"the checkpoint's epochs have {length} batches, now {self.state.epoch_length}; {mend}")
+        if (checkpoint["ema"] is None) != (self.ema is None):
+            raise ValueError(f"the checkpoint was made {'without' if self.ema else 'with'} ema_decay; {mend}")
+        try:
+            self.network.load_state_dict(checkpoint["network"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"the checkpoint is of another network or optimizer ({error}); {mend}") from error
+        if self.ema is not None:
+            self.ema.module.load_state_dict(checkpoint["ema"])
+            self.ema.n_averaged.fill_(checkpoint["ema_steps"])
+        if checkpoint["grad_scaler"]:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler"])
+        for name in ("iteration", "best_metric", "best_metric_epoch", "validated_iteration"):
+            setattr(self.state, name, checkpoint[name])
+        self.state.epoch, self._loader.skip = divmod(self.state.iteration, length)
+        self._elapsed_before = checkpoint["elapsed"]
+        if self.progress >= 1:
+            self.terminate()
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, float]:
+        self._seed_everything()
+        self.network.train()
+        position = (self.state.iteration - 1) % self.state.epoch_length
+        first = position - position % self.accumulation_steps
+        if position == first:
+            self._set_learning_rate()
+            self.optimizer.zero_grad()
+        image = batchdata["image"].to(self.state.device, non_blocking=True)
+        targets = [{k: v.to(self.state.device, non_blocking=True) for k, v in t.items()} for t in batchdata["targets"]]
+        with torch.autocast(self.state.device.type, self.amp_type, enabled=self.amp_type is not None):
+            outputs = self.inferer(image, self.network, targets)
+        losses = self.loss_function(outputs, targets)
+        total = torch.stack(list(losses.values())).sum()
+        values = torch.stack([total, *losses.values()]).detach().double().tolist()  # one transfer from the device
+        output = dict(zip(("loss", *losses), values, strict=True))
+        if math.isfinite(values[0]):
+            batches = min(self.accumulation_steps, self.state.epoch_length - first)
+            self.grad_scaler.scale(total / batches).backward()
+        else:
+            self._not_finite(f"loss {output}", batchdata.get("crop_id"))
+        if self.at_step:
+            self._step(batchdata.get("crop_id"))
+        return output
+
+    def _step(self, crops: Any) -> None:
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not trained:  # every batch of the step was left out
+            return
+        self.grad_scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in trained])
+        if not (self.grad_scaler.is_enabled() or norm.isfinite()):
+            self._not_finite(f"gradient norm {norm.item()}", crops)
+            return
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
+        self.grad_scaler.step(self.optimizer)  # leaves a step out by itself when scaled gradients overflowed
+        self.grad_scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+
+    def _not_finite(self, what: str, crops: Any) -> None:
+        message = f"epoch {self.state.epoch}, iteration {self.state.iteration}, crops {crops}: {what} is not finite"
+        if self.on_nonfinite == "stop":
+            raise FloatingPointError(
+                f"{message}; look at these crops, lower the learning rate or set on_nonfinite='skip'"
+            )
+        logger.warning("%s; left out", message)
+
+    def _start_epoch(self) -> None:
+        self._seed_everything()  # a sampler may draw its order from torch's generator
+        self._loader.set_epoch(self.state.epoch)
+
+    def _seed_everything(self) -> None:
+        key = f"{self.state.seed} {self.state.rank} {self.state.epoch} {self.state.iteration}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest()))
+
+    def _set_learning_rate(self) -> None:
+        factor = 1.0 if self.schedule is None else self.schedule(self.progress)
+        for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = peak * factor
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        if self.ema is not None:
+            for mine, average in zip(self.network.parameters(), self.ema.module.parameters(), strict=True):
+                kept = mine.clone()
+                mine.copy_(average)
+                average.copy_(kept)
+
+    def _stop_if_due(self) -> None:
+        planned = self.state.max_epochs * self.state.epoch_length
+        if self.at_step and self.state.iteration < planned and (self.stopped_by is not None or self.progress >= 1):
+            self.terminate()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first SIGTERM or SIGINT into an orderly stop; a second one acts at once."""
+
+        owner = os.getpid()
+
+        def remember(number: int, frame: Any) -> None:
+            if os.getpid() != owner:  # a forked loader worker: Ctrl-C is its parent's affair, SIGTERM ends it
+                if number == signal.SIGTERM:
+                    os._exit(128 + number)
+                return
+            self.stopped_by = signal.Signals(number)
+            logger.warning("%s: stopping after this step", self.stopped_by.name)
+            signal.signal(number, before[number])
+
+        before: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[number] = signal.signal(number, remember)
+        except ValueError:  # signals belong to the main thread; elsewhere its owner decides
+            pass
+        try:
+            yield
+        finally:
+            for restored, handler in before.items():
+                signal.signal(restored, handler)
+
+
+class _ResumableLoader:
+    """A loader that can leave out the first batches of its next pass, which an earlier run has seen."""
+
+    def __init__(self, loader: Iterable[dict[str, Any]]) -> None:
+        self.loader = loader
+        self.skip = 0
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        skip, self.skip = self.skip, 0
+        return islice(self.loader, skip, None)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(epoch)
+
+
+def _require(condition: bool, name: str, value: Any, mend: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r} cannot be used; give {mend}")
+
+
+def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Exponential average whose decay grows from 0.1 to its value, so that a short training forgets its start."""
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], currents: list[Tensor], steps: Tensor) -> None:
+        count = int(steps)
+        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + count) / (10 + count)))
+
+    return update

@@ -1,0 +1,40 @@
+"""Mask head of Mask R-CNN (He et al. 2017) in 3D: RoI features -> mask logits at twice the RoI resolution."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from seg3d_monai.layers import ConvNormAct
+
+
+class MaskHead(nn.Module):
+    """3³ convolutions, a transposed convolution that doubles the resolution, and one logit a class.
+
+    Args:
+        in_channels: channels of the RoI features.
+        channels: channels of the convolutions.
+        num_convs: how many convolutions.
+        num_classes: foreground classes.
+        upsample: (z, y, x) factor of the transposed convolution.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        channels: int,
+        num_convs: int,
+        num_classes: int,
+        upsample: tuple[int, int, int] = (2, 2, 2),
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [channels] * num_convs
+        self.body = nn.Sequential(*(ConvNormAct(a, b) for a, b in pairwise(widths)))
+        step = (upsample[0], upsample[1], upsample[2])
+        self.up = nn.Sequential(nn.ConvTranspose3d(widths[-1], channels // 2, step, step), nn.ReLU(inplace=True))
+        self.logits = nn.Conv3d(channels // 2, num_classes, 1)
+
+    def forward(self, roi_features: Tensor) -> Tensor:
+        """[K, C, d, h, w] -> [K, num_classes, 2d, 2h, 2w] float32 (at the default `upsample`)."""
+        logits: Tensor = self.logits(self.up(self.body(roi_features)))
+        return logits.float()

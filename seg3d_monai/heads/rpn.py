@@ -1,0 +1,82 @@
+"""Region proposal network (Ren et al. 2015) in 3D: features -> objectness and box deltas of every anchor."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from seg3d_monai.layers import ConvNormAct
+from seg3d_monai.ops import batched_nms3d
+from seg3d_monai.ops.boxes import ANCHOR_CODER, clip_boxes, decode_boxes, non_empty
+
+
+class RPNHead(nn.Module):
+    """One 3³ convolution, then objectness and deltas, the same weights on each level.
+
+    Args:
+        in_channels: channels of the levels.
+        num_anchors: anchors at each position.
+        levels: names of the levels that the head reads, finest first.
+    """
+
+    def __init__(self, *, in_channels: int, num_anchors: int, levels: Sequence[str]) -> None:
+        super().__init__()
+        self.levels = list(levels)
+        self.shared = ConvNormAct(in_channels, in_channels)
+        self.objectness = nn.Conv3d(in_channels, num_anchors, 1)
+        self.deltas = nn.Conv3d(in_channels, num_anchors * 6, 1)
+        for layer in (self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """{level: [N, C, D, H, W]} -> per level objectness [N, D*H*W*A] and deltas [N, D*H*W*A, 6], float32."""
+        objectness, deltas = [], []
+        for level in self.levels:
+            x = self.shared(features[level])
+            objectness.append(self.objectness(x).float().movedim(1, -1).flatten(1))
+            deltas.append(self.deltas(x).float().movedim(1, -1).reshape(x.shape[0], -1, 6))
+        return objectness, deltas
+
+
+@torch.no_grad()
+def select_proposals(
+    objectness: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    image_size: Sequence[int],
+    *,
+    pre_nms_top_n: int,
+    post_nms_top_n: int,
+    nms_threshold: float,
+    min_size: float = 1.0,
+) -> list[Tensor]:
+    """The best anchors of each level, decoded, clipped and freed of duplicates.
+
+    Args:
+        objectness: per level [N, A_l] logits.
+        deltas: per level [N, A_l, 6].
+        anchors: per level [A_l, 6].
+        image_size: (D, H, W) of the images.
+        pre_nms_top_n: anchors kept of each level and image before NMS.
+        post_nms_top_n: proposals kept of each image after it.
+        nms_threshold: IoU above which the proposal of lower objectness is dropped.
+        min_size: least extent of a proposal, voxels.
+
+    Returns:
+        For each image, [P, 6] proposals by descending objectness, P <= post_nms_top_n.
+    """
+    proposals = []
+    for n in range(objectness[0].shape[0]):
+        boxes, scores, groups = [], [], []
+        for level, (logits, level_deltas, level_anchors) in enumerate(zip(objectness, deltas, anchors, strict=True)):
+            top = logits[n].topk(min(pre_nms_top_n, logits.shape[1])).indices
+            box = clip_boxes(decode_boxes(ANCHOR_CODER, level_deltas[n, top], level_anchors[top]), image_size)
+            keep = non_empty(box, min_size)
+            boxes.append(box[keep])
+            scores.append(logits[n, top[keep]])
+            groups.append(torch.full_like(keep, level))
+        box, score = torch.cat(boxes), torch.cat(scores)
+        kept = batched_nms3d(box, score, torch.cat(groups), nms_threshold)[:post_nms_top_n]
+        proposals.append(box[kept])
+    return proposals

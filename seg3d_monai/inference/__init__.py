@@ -1,0 +1,6 @@
+"""Whole-stack inference: blocks, journal, stitching and writing. Takes a predictor as a callable; imports no model."""
+
+from seg3d_monai.inference.instances import Instances
+from seg3d_monai.inference.predict import Prediction, predict_labels, predict_volume
+
+__all__ = ["Instances", "Prediction", "predict_labels", "predict_volume"]

@@ -1,0 +1,107 @@
+"""A trained detector as a predictor of raw blocks: normalise, detect, paste masks. Must not import models."""
+
+import copy
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from seg3d_monai.data.intensity import Intensity, measure_intensity
+from seg3d_monai.data.volume import Volume
+from seg3d_monai.inference.instances import Instances
+from seg3d_monai.inference.mask_paste import paste_mask
+from seg3d_monai.inference.precision import autocast_dtype
+
+
+class InstancePredictor:
+    """Callable (block, roi) -> Instances around a network.
+
+    Args:
+        network: in evaluation mode images [1, C, D, H, W] -> [{"boxes", "scores", "classes", "mask_logits"}].
+        percentiles: of each channel of the whole volume, which are mapped to 0 and 1.
+        score_threshold: least score of an instance.
+        mask_threshold: probability at which a voxel belongs to an instance.
+        min_voxels: least number of voxels of an instance's mask.
+        device: where the network runs.
+        amp: "auto", "off", "bf16" or "fp16"; see `autocast_dtype`.
+        intensity: the volume's intensity range; `for_volume` measures it.
+
+    Raises:
+        ValueError: unknown `amp`.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        percentiles: tuple[float, float] = (1.0, 99.8),
+        score_threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        min_voxels: int = 1,
+        device: str | torch.device = "cpu",
+        amp: str = "off",
+        intensity: Intensity | None = None,
+    ) -> None:
+        self.network = network
+        self.percentiles = (percentiles[0], percentiles[1])
+        self.score_threshold = score_threshold
+        self.mask_threshold = mask_threshold
+        self.min_voxels = min_voxels
+        self.device = torch.device(device)
+        self.amp = autocast_dtype(amp, device)
+        self.intensity = intensity
+
+    def for_volume(self, volume: Volume) -> "InstancePredictor":
+        """The same predictor bound to the intensity range of one volume, measured once for all of its blocks."""
+        bound = copy.copy(self)
+        bound.intensity = measure_intensity(volume, self.percentiles)
+        return bound
+
+    def identity(self) -> dict[str, Any]:
+        """Facts that tell predictors apart: the weights' hash and every setting that changes instances."""
+        digest = hashlib.sha256()
+        for name, tensor in self.network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return {
+            "weights_sha256": digest.hexdigest(),
+            "intensity": None if self.intensity is None else self.intensity.to_json(),
+            "score_threshold": self.score_threshold,
+            "mask_threshold": self.mask_threshold,
+            "min_voxels": self.min_voxels,
+            "amp": str(self.amp),
+        }
+
+    @torch.inference_mode()
+    def __call__(self, block: Tensor, roi: tuple[int, ...]) -> Instances:
+        """Instances of one block.
+
+        Args:
+            block: float32 [C, d, h, w], raw voxels.
+            roi: (z1, y1, x1, z2, y2, x2) of the block in the volume; not used.
+
+        Raises:
+            ValueError: not bound to a volume.
+        """
+        if self.intensity is None:
+            raise ValueError("the predictor knows no intensity range; call for_volume(volume) first")
+        image = torch.from_numpy(self.intensity.normalise(np.asarray(block))).to(self.device)
+        was_training = self.network.training
+        network = self.network.to(self.device).eval()
+        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+            found = {key: value.cpu() for key, value in network(image[None])[0].items()}
+        network.train(was_training)
+        boxes, masks, kept = found["boxes"].float(), [], []
+        for i in (found["scores"] >= self.score_threshold).nonzero().squeeze(1).tolist():
+            mask = paste_mask(found["mask_logits"][i].float(), boxes[i], self.mask_threshold).numpy()
+            if np.count_nonzero(mask) >= self.min_voxels:
+                masks.append(mask)
+                kept.append(i)
+        return Instances(
+            boxes=boxes[kept].numpy(),
+            scores=found["scores"][kept].numpy(),
+            classes=found["classes"][kept].numpy(),
+            masks=masks,
+        )

@@ -1,0 +1,56 @@
+"""Convolution blocks. GroupNorm throughout: crops are large and batches small, so batch statistics would be noise."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def group_norm(channels: int, groups: int = 8) -> nn.GroupNorm:
+    """GroupNorm with `groups` groups, or with one group where `channels` is not a multiple of it."""
+    return nn.GroupNorm(groups if channels % groups == 0 else 1, channels)
+
+
+class ConvNormAct(nn.Sequential):
+    """3D convolution, GroupNorm and, unless `act` is False, ReLU. Keeps the size at stride 1 (odd kernels).
+
+    Args:
+        in_channels: input channels.
+        out_channels: output channels.
+        kernel_size: odd extent, one for all axes or (z, y, x).
+        stride: stride, one for all axes or (z, y, x); the output size is ceil(size / stride).
+        act: whether a ReLU follows.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        act: bool = True,
+    ) -> None:
+        kernel = (kernel_size,) * 3 if isinstance(kernel_size, int) else tuple(kernel_size)
+        step = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
+        conv = nn.Conv3d(in_channels, out_channels, kernel, step, tuple(k // 2 for k in kernel), bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        layers: list[nn.Module] = [conv, group_norm(out_channels)]
+        if act:
+            layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, D, H, W] -> [N, out_channels, ceil(D/sz), ceil(H/sy), ceil(W/sx)]."""
+        out: Tensor = super().forward(x)
+        return out
+
+
+def check_axes(name: str, value: Sequence[int]) -> tuple[int, int, int]:
+    """Three positive integers (z, y, x) as a tuple.
+
+    Raises:
+        ValueError: `value` is not three positive integers.
+    """
+    if isinstance(value, torch.Size | list | tuple) and len(value) == 3 and all(int(v) == v and v > 0 for v in value):
+        return int(value[0]), int(value[1]), int(value[2])
+    raise ValueError(f"{name} is {value!r}; give three positive integers (z, y, x)")

@@ -1,0 +1,6 @@
+"""Criteria: (outputs, targets) -> {name: weighted scalar}. Must not know models, data or engines."""
+
+from seg3d_monai.losses.mask_rcnn import MaskRCNNCriterion
+from seg3d_monai.losses.mask_targets import mask_targets
+
+__all__ = ["MaskRCNNCriterion", "mask_targets"]

@@ -1,0 +1,132 @@
+"""Component builder and named sizes of 3D Mask R-CNN."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from seg3d_monai.backbones import FeaturePyramid, resnet10, resnet50, resnet101
+from seg3d_monai.heads import AnchorGrid, BoxHead, MaskHead, RoIPooler, RPNHead
+from seg3d_monai.matching import IoUMatcher
+from seg3d_monai.models.mask_rcnn import MaskRCNN3d
+
+
+def maskrcnn3d(
+    *,
+    backbone: nn.Module,
+    anchor_shapes: Sequence[Sequence[Sequence[float]]],
+    num_classes: int = 1,
+    fpn_channels: int = 256,
+    fpn_levels: Sequence[str] | None = None,
+    anchor_levels: Sequence[str] | None = None,
+    box_roi_size: Sequence[int] = (7, 7, 7),
+    box_hidden: int = 1024,
+    mask_roi_size: Sequence[int] = (14, 14, 14),
+    mask_channels: int = 256,
+    mask_convs: int = 4,
+    mask_levels: Sequence[str] | None = None,
+    sampling_ratio: int = 2,
+    roi_foreground_iou: float = 0.5,
+    num_roi_samples: int = 128,
+    roi_foreground_fraction: float = 0.5,
+    num_mask_samples: int = 32,
+    pre_nms_top_n: tuple[int, int] = (1000, 2000),
+    post_nms_top_n: tuple[int, int] = (500, 1000),
+    proposal_nms_threshold: float = 0.6,
+    score_threshold: float = 0.05,
+    detection_nms_threshold: float = 0.4,
+    max_detections: int = 1000,
+) -> MaskRCNN3d:
+    """3D Mask R-CNN over any backbone.
+
+    Args:
+        backbone: module with `channels` and `strides` by level; a feature pyramid is put over it.
+        anchor_shapes: for each anchor level, finest first, a list of (z, y, x) extents in voxels.
+        num_classes: foreground classes.
+        fpn_channels: channels of the pyramid.
+        fpn_levels: backbone levels of the pyramid; default all.
+        anchor_levels: pyramid levels with anchors; default the `len(anchor_shapes)` finest.
+        box_roi_size: (z, y, x) bins of the box head.
+        box_hidden: units of the box head's layers.
+        mask_roi_size: (z, y, x) bins of the mask head, whose masks have twice as many.
+        mask_channels: channels of the mask head.
+        mask_convs: convolutions of the mask head.
+        mask_levels: pyramid levels that masks are pooled from; default as boxes. One fine level gives sharper
+            masks of small objects.
+        sampling_ratio: RoIAlign samples a bin and axis.
+        roi_foreground_iou: least IoU of a proposal with a true box that it is trained on.
+        num_roi_samples, roi_foreground_fraction, num_mask_samples, pre_nms_top_n, post_nms_top_n,
+            proposal_nms_threshold, score_threshold, detection_nms_threshold, max_detections: see `MaskRCNN3d`.
+
+    Raises:
+        ValueError: a level that does not exist, or anchor shapes that do not fit the levels.
+    """
+    pyramid = FeaturePyramid(backbone=backbone, out_channels=fpn_channels, levels=fpn_levels)
+    strides = pyramid.strides
+
+    def choose(name: str, levels: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+        unknown = [level for level in levels if level not in strides]
+        if unknown:
+            raise ValueError(f"{name} {unknown} are not levels of the pyramid; choose from {list(strides)}")
+        return {level: strides[level] for level in levels}
+
+    levels = choose("anchor_levels", anchor_levels or list(strides)[: len(anchor_shapes)])
+    anchors = AnchorGrid(shapes=anchor_shapes, strides=levels)
+    return MaskRCNN3d(
+        backbone=pyramid,
+        anchors=anchors,
+        rpn=RPNHead(in_channels=fpn_channels, num_anchors=anchors.num_anchors, levels=list(levels)),
+        box_pooler=RoIPooler(output_size=box_roi_size, strides=levels, sampling_ratio=sampling_ratio),
+        box_head=BoxHead(in_channels=fpn_channels, roi_size=box_roi_size, num_classes=num_classes, hidden=box_hidden),
+        mask_pooler=RoIPooler(
+            output_size=mask_roi_size,
+            strides=choose("mask_levels", mask_levels) if mask_levels else levels,
+            sampling_ratio=sampling_ratio,
+        ),
+        mask_head=MaskHead(
+            in_channels=fpn_channels, channels=mask_channels, num_convs=mask_convs, num_classes=num_classes
+        ),
+        roi_matcher=IoUMatcher(foreground_iou=roi_foreground_iou, background_iou=roi_foreground_iou, match_best=False),
+        num_roi_samples=num_roi_samples,
+        roi_foreground_fraction=roi_foreground_fraction,
+        num_mask_samples=num_mask_samples,
+        pre_nms_top_n=pre_nms_top_n,
+        post_nms_top_n=post_nms_top_n,
+        proposal_nms_threshold=proposal_nms_threshold,
+        score_threshold=score_threshold,
+        detection_nms_threshold=detection_nms_threshold,
+        max_detections=max_detections,
+    )
+
+
+def maskrcnn3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
+    """For CPUs: ResNet-10 of width 32, pyramid of 32 channels, cells of about 8 to 40 voxels across."""
+    return maskrcnn3d(
+        backbone=resnet10(in_channels=in_channels, width=32),
+        anchor_levels=("p2", "p3"),
+        anchor_shapes=(((8, 14, 14), (14, 18, 18)), ((16, 28, 28), (24, 36, 36))),
+        num_classes=num_classes,
+        fpn_channels=32,
+        box_hidden=256,
+        mask_roi_size=(6, 12, 12),
+        mask_channels=32,
+        mask_convs=2,
+        mask_levels=("p1",),
+    )
+
+
+ANCHORS = (
+    ((6, 10, 10), (10, 16, 16)),
+    ((12, 20, 20), (20, 32, 32)),
+    ((24, 40, 40), (40, 64, 64)),
+)
+"""Anchors of the sizes for GPUs, on p1 to p3: cells of 6 to 80 voxels across."""
+
+
+def maskrcnn3d_r50(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
+    """For GPUs: ResNet-50, pyramid of 256 channels, the heads of the paper."""
+    return maskrcnn3d(backbone=resnet50(in_channels=in_channels), anchor_shapes=ANCHORS, num_classes=num_classes)
+
+
+def maskrcnn3d_r101(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
+    """For GPUs: ResNet-101, pyramid of 256 channels, the heads of the paper."""
+    return maskrcnn3d(backbone=resnet101(in_channels=in_channels), anchor_shapes=ANCHORS, num_classes=num_classes)

@@ -1,0 +1,187 @@
+"""Mask R-CNN (He et al. 2017) for volumes: backbone -> proposals -> boxes and classes -> masks.
+
+Must not know losses, data or files. Boxes are (z1, y1, x1, z2, y2, x2) in voxels of the image, half-open.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from seg3d_monai.heads import AnchorGrid, BoxHead, MaskHead, RoIPooler, RPNHead, select_detections, select_proposals
+from seg3d_monai.matching import IoUMatcher, sample_balanced
+
+logger = logging.getLogger(__name__)
+
+Target = Mapping[str, Tensor]
+
+
+class MaskRCNN3d(nn.Module):
+    """3D Mask R-CNN.
+
+    Args:
+        backbone: images [N, C, D, H, W] -> {level: features}, a feature pyramid.
+        anchors: features -> anchors of each level.
+        rpn: features -> objectness and deltas of each level.
+        box_pooler: features of boxes, for the box head.
+        box_head: RoI features -> class logits and deltas.
+        mask_pooler: features of boxes, for the mask head.
+        mask_head: RoI features -> mask logits.
+        roi_matcher: assigns proposals to true boxes in training.
+        num_roi_samples: proposals of an image that the box head is trained on.
+        roi_foreground_fraction: largest share of foreground among them.
+        num_mask_samples: foreground proposals of an image that the mask head is trained on.
+        pre_nms_top_n: anchors kept of each level and image before NMS, (training, evaluation).
+        post_nms_top_n: proposals kept of each image, (training, evaluation).
+        proposal_nms_threshold: IoU of duplicates among proposals.
+        score_threshold: least score of a detection.
+        detection_nms_threshold: IoU of duplicates among detections.
+        max_detections: detections kept of each image; a warning says so when it is reached.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        anchors: AnchorGrid,
+        rpn: RPNHead,
+        box_pooler: RoIPooler,
+        box_head: BoxHead,
+        mask_pooler: RoIPooler,
+        mask_head: MaskHead,
+        roi_matcher: IoUMatcher,
+        num_roi_samples: int = 128,
+        roi_foreground_fraction: float = 0.5,
+        num_mask_samples: int = 32,
+        pre_nms_top_n: tuple[int, int] = (1000, 2000),
+        post_nms_top_n: tuple[int, int] = (500, 1000),
+        proposal_nms_threshold: float = 0.6,
+        score_threshold: float = 0.05,
+        detection_nms_threshold: float = 0.4,
+        max_detections: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.anchors = anchors
+        self.rpn = rpn
+        self.box_pooler = box_pooler
+        self.box_head = box_head
+        self.mask_pooler = mask_pooler
+        self.mask_head = mask_head
+        self.roi_matcher = roi_matcher
+        self.num_roi_samples = num_roi_samples
+        self.roi_foreground_fraction = roi_foreground_fraction
+        self.num_mask_samples = num_mask_samples
+        self.pre_nms_top_n = pre_nms_top_n
+        self.post_nms_top_n = post_nms_top_n
+        self.proposal_nms_threshold = proposal_nms_threshold
+        self.score_threshold = score_threshold
+        self.detection_nms_threshold = detection_nms_threshold
+        self.max_detections = max_detections
+
+    def forward(
+        self, images: Tensor, targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Training outputs, or detections in evaluation mode.
+
+        Args:
+            images: [N, C, D, H, W], normalised.
+            targets: in training, for each image {"label" int64 [D, H, W], "ids" [G], "boxes" [G, 6], "classes" [G]}.
+
+        Returns:
+            In training the outputs that `MaskRCNNCriterion` takes: anchors [A, 6], objectness [N, A],
+            anchor_deltas [N, A, 6]; rois [R, 6] with roi_batch, roi_matched, class_logits [R, K + 1], roi_deltas;
+            mask_rois [P, 6] with mask_batch, mask_matched, mask_logits [P, K, d, h, w].
+            In evaluation, for each image {"boxes" [M, 6], "scores" [M], "classes" [M], "mask_logits" [M, d, h, w]}.
+
+        Raises:
+            ValueError: training mode without targets.
+        """
+        features = self.backbone(images)
+        anchors = self.anchors(features)
+        objectness, deltas = self.rpn(features)
+        size = images.shape[2:]
+        proposals = select_proposals(
+            objectness,
+            deltas,
+            anchors,
+            size,
+            pre_nms_top_n=self.pre_nms_top_n[not self.training],
+            post_nms_top_n=self.post_nms_top_n[not self.training],
+            nms_threshold=self.proposal_nms_threshold,
+        )
+        if not self.training:
+            return self._detect(features, proposals, size)
+        if targets is None:
+            raise ValueError("targets is None in training mode; pass one dict for each image, or call eval() first")
+        outputs = {
+            "anchors": torch.cat(anchors),
+            "objectness": torch.cat(objectness, 1),
+            "anchor_deltas": torch.cat(deltas, 1),
+        }
+        outputs |= self._sample(proposals, targets)
+        roi_features = self.box_pooler(features, outputs["rois"], outputs["roi_batch"])
+        outputs["class_logits"], outputs["roi_deltas"] = self.box_head(roi_features)
+        outputs["mask_logits"] = self.mask_head(self.mask_pooler(features, outputs["mask_rois"], outputs["mask_batch"]))
+        return outputs
+
+    @torch.no_grad()
+    def _sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Proposals and true boxes to train on; rows of image n stand before those of image n + 1."""
+        rois, matches, masks = [], [], []
+        for boxes, target in zip(proposals, targets, strict=True):
+            boxes = torch.cat([boxes, target["boxes"].to(boxes)])
+            matched = self.roi_matcher(boxes, target["boxes"], target["label"])
+            foreground, background = sample_balanced(matched, self.num_roi_samples, self.roi_foreground_fraction)
+            rows = torch.cat([foreground, background])
+            rois.append(boxes[rows])
+            matches.append(matched[rows])
+            few = foreground[torch.randperm(len(foreground))[: self.num_mask_samples].to(foreground.device)]
+            masks.append((boxes[few], matched[few]))
+        return {
+            "rois": torch.cat(rois),
+            "roi_batch": _batch_index(rois),
+            "roi_matched": torch.cat(matches),
+            "mask_rois": torch.cat([m[0] for m in masks]),
+            "mask_batch": _batch_index([m[0] for m in masks]),
+            "mask_matched": torch.cat([m[1] for m in masks]),
+        }
+
+    def _detect(
+        self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], size: Sequence[int]
+    ) -> list[dict[str, Tensor]]:
+        counts = [len(p) for p in proposals]
+        batch = _batch_index(proposals)
+        class_logits, deltas = self.box_head(self.box_pooler(features, torch.cat(list(proposals)), batch))
+        detections = []
+        for n, (logits, delta, boxes) in enumerate(
+            zip(class_logits.split(counts), deltas.split(counts), proposals, strict=True)
+        ):
+            found = select_detections(
+                logits,
+                delta,
+                boxes,
+                size,
+                score_threshold=self.score_threshold,
+                nms_threshold=self.detection_nms_threshold,
+                max_detections=self.max_detections,
+            )
+            if len(found["boxes"]) == self.max_detections:
+                logger.warning("an image has max_detections = %d detections; objects may be lost", self.max_detections)
+            found["mask_logits"] = self._masks(features, found["boxes"], found["classes"], n)
+            detections.append(found)
+        return detections
+
+    def _masks(self, features: Mapping[str, Tensor], boxes: Tensor, classes: Tensor, image: int) -> Tensor:
+        """Mask logits [M, d, h, w] of the detected class, some boxes at a time: memory does not grow with M."""
+        masks = []
+        for rows in torch.arange(len(boxes), device=boxes.device).split(64) or [classes[:0]]:
+            index = torch.full((len(rows),), image, dtype=torch.int64, device=boxes.device)
+            logits = self.mask_head(self.mask_pooler(features, boxes[rows], index))
+            masks.append(logits[torch.arange(len(rows), device=boxes.device), classes[rows]])
+        return torch.cat(masks)
+
+
+def _batch_index(boxes: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.full((len(b),), n, dtype=torch.int64, device=b.device) for n, b in enumerate(boxes)])

@@ -1,0 +1,190 @@
+"""The operators in plain PyTorch: the oracle of the kernels, and the path of a machine without a compiler.
+
+RoIAlign's samples form a grid and trilinear weights are products, so pooling a box is one small matrix per axis. The
+matrices of all boxes are made together; the features of one box at a time are multiplied with its three. NMS compares
+blocks of boxes, in the order of their scores, with what is already kept.
+
+The functions take the arguments of the schemas in ops/schemas.py, run on any device, and know nothing of how operators
+are registered. Called directly, `roi_align3d` is differentiable by plain autograd.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 512
+"""Boxes that NMS compares at once with all the kept ones."""
+
+
+def roi_align3d(
+    features: Tensor,
+    boxes: Tensor,
+    batch_index: Tensor,
+    out_d: int,
+    out_h: int,
+    out_w: int,
+    scale_z: float,
+    scale_y: float,
+    scale_x: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Pool features [N, C, D, H, W] in boxes [K, 6] to [K, C, d, h, w]; see `seg3d_monai.ops.roi_align3d`."""
+    out, scale = (out_d, out_h, out_w), (scale_z, scale_y, scale_x)
+    accumulate = torch.promote_types(features.dtype, torch.float32)
+    pooled = []
+    with torch.autocast(features.device.type, enabled=False):
+        weights = _axis_weights(features, boxes, features.shape[2:], out, scale, sampling_ratio, aligned)
+        for image, (z, y, x), (wz, wy, wx) in _boxes_apart(batch_index, len(features), weights):
+            crop = features[image, :, z, y, x].to(accumulate)
+            rows = wy @ (crop @ wx.mT)
+            pooled.append((wz @ rows.flatten(2)).unflatten(2, rows.shape[2:]).to(features.dtype))
+    return torch.stack(pooled) if pooled else features.new_zeros((0, features.shape[1], *out))
+
+
+def roi_align3d_backward(
+    grad: Tensor,
+    boxes: Tensor,
+    batch_index: Tensor,
+    batch: int,
+    depth: int,
+    height: int,
+    width: int,
+    scale_z: float,
+    scale_y: float,
+    scale_x: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Gradient [N, C, D, H, W] of `roi_align3d` with respect to its features, from grad [K, C, d, h, w]."""
+    size, scale = (depth, height, width), (scale_z, scale_y, scale_x)
+    accumulate = torch.promote_types(grad.dtype, torch.float32)
+    grad_features = grad.new_zeros((batch, grad.shape[1], *size), dtype=accumulate)
+    with torch.autocast(grad.device.type, enabled=False):
+        weights = _axis_weights(grad, boxes, size, grad.shape[2:], scale, sampling_ratio, aligned)
+        for index, (image, (z, y, x), (wz, wy, wx)) in enumerate(_boxes_apart(batch_index, batch, weights)):
+            bins = grad[index].to(accumulate)
+            rows = (wz.mT @ bins.flatten(2)).unflatten(2, bins.shape[2:])
+            grad_features[image, :, z, y, x] += (wy.mT @ rows) @ wx
+    return grad_features.to(grad.dtype)
+
+
+def nms3d(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Indices [M] of the boxes that greedy suppression keeps; see `seg3d_monai.ops.nms3d`."""
+    return batched_nms3d(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)
+
+
+def batched_nms3d(boxes: Tensor, scores: Tensor, group: Tensor, iou_threshold: float) -> Tensor:
+    """Indices [M] of the boxes that are kept within each group; see `seg3d_monai.ops.batched_nms3d`."""
+    if not bool(torch.isfinite(boxes).all()):
+        raise ValueError("boxes must be finite; remove boxes with NaN or infinite corners")
+    if bool(torch.isnan(scores).any()):
+        raise ValueError("scores must not be NaN; remove those boxes")
+    order = scores.argsort(descending=True, stable=True)
+    # float64 everywhere but on Apple's GPUs, which have none.
+    boxes = boxes[order].to(torch.float32 if boxes.device.type == "mps" else torch.float64)
+    group = group[order]
+    kept = order.new_zeros(0)
+    for start in range(0, len(boxes), BLOCK):
+        block = torch.arange(start, min(start + BLOCK, len(boxes)), device=boxes.device)
+        for earlier in kept.split(8 * BLOCK):
+            hit = _overlaps(boxes, group, earlier, block, iou_threshold).any(0)
+            block = block[~hit]
+        # Within the block a box stays unless a kept box of a higher score hits it. Counting up from "all stay", each
+        # round settles at least one more box of every chain, so the rounds end at the greedy answer.
+        hits = _overlaps(boxes, group, block, block, iou_threshold).triu(1)
+        stays = torch.ones_like(block, dtype=torch.bool)
+        while True:
+            settled = ~(hits & stays[:, None]).any(0)
+            if bool((settled == stays).all()):
+                break
+            stays = settled
+        kept = torch.cat([kept, block[stays]])
+    return order[kept]
+
+
+def _overlaps(boxes: Tensor, group: Tensor, first: Tensor, second: Tensor, iou_threshold: float) -> Tensor:
+    """Whether box first[i] and box second[j] share a group and have an IoU over the threshold, bool [I, J]."""
+    a, b = boxes[first], boxes[second]
+    common = a.new_ones(())
+    for axis in range(3):
+        high = torch.minimum(a[:, None, axis + 3], b[None, :, axis + 3])
+        common = common * (high - torch.maximum(a[:, None, axis], b[None, :, axis])).clamp_(min=0)
+    volume_a, volume_b = ((c[:, 3:] - c[:, :3]).clamp(min=0).prod(1) for c in (a, b))
+    union = volume_a[:, None] + volume_b[None] - common
+    # 0 / 0 of two empty boxes is NaN, and NaN is not over any threshold.
+    return (common / union > iou_threshold) & (group[first][:, None] == group[second][None])
+
+
+def _boxes_apart(
+    batch_index: Tensor, num_images: int, weights: list[Tensor]
+) -> Iterator[tuple[int, tuple[slice, ...], tuple[Tensor, ...]]]:
+    """Per box: its image, the slices (z, y, x) of voxels that it reads, and its matrices [out, voxels] for them."""
+    images = batch_index.tolist()
+    for index, image in enumerate(images):
+        if not 0 <= image < num_images:
+            raise ValueError(f"batch_index[{index}] = {image} is outside the batch of {num_images} images")
+    bounds = []
+    for matrix in weights:
+        is_read = (matrix != 0).any(1)
+        position = torch.arange(matrix.shape[2], device=matrix.device)
+        first = torch.where(is_read, position, matrix.shape[2]).amin(1)
+        last = torch.where(is_read, position, -1).amax(1)
+        bounds.append(list(zip(first.tolist(), (last + 1).tolist(), strict=True)))
+    for index, image in enumerate(images):
+        # A box that reads nothing gets empty slices; matrices without columns multiply to zeros.
+        spans = [(low, high) if low < high else (0, 0) for low, high in (axis[index] for axis in bounds)]
+        matrices = tuple(matrix[index, :, low:high] for matrix, (low, high) in zip(weights, spans, strict=True))
+        yield image, tuple(slice(low, high) for low, high in spans), matrices
+
+
+def _axis_weights(
+    values: Tensor,
+    boxes: Tensor,
+    size: tuple[int, ...],
+    out: tuple[int, ...],
+    scale: tuple[float, ...],
+    sampling_ratio: int,
+    aligned: bool,
+) -> list[Tensor]:
+    """Per axis the matrices [K, out, size] that take voxels to bins, in the dtype that `values` accumulate in.
+
+    The arithmetic, to the order of its operations, is that of csrc/trilinear.h.
+    """
+    accumulate = torch.promote_types(values.dtype, torch.float32)
+    boxes = boxes.detach().to(torch.promote_types(boxes.dtype, accumulate))
+    offset = 0.5 if aligned else 0.0
+    weights = []
+    for axis in range(3):
+        start = boxes[:, axis] * scale[axis] - offset
+        extent = boxes[:, axis + 3] * scale[axis] - offset - start
+        if not aligned:
+            extent = extent.clamp(min=1)
+        extent = extent[:, None]
+        bin_extent = extent / out[axis]
+        base = start[:, None] + torch.arange(out[axis], dtype=boxes.dtype, device=boxes.device) * bin_extent
+        if not bool(torch.isfinite(base).all()):
+            raise ValueError("boxes must be finite after scaling; remove boxes with NaN or infinite corners")
+        if sampling_ratio > 0:
+            grid = torch.full_like(bin_extent, sampling_ratio)
+            first, count = torch.zeros_like(base), sampling_ratio
+        else:
+            # Only the samples that can touch the axis: their number is bounded by the axis, not by the box.
+            grid = bin_extent.ceil().clamp(min=0)
+            step = bin_extent / grid
+            first = (((-1 - base) / step - 0.5).floor() - 1).nan_to_num(0.0).clamp(min=0).minimum(grid)
+            count = int((grid - first).amax().clamp(max=2 * size[axis] + 8)) if len(boxes) else 0
+        voxel = torch.arange(size[axis], dtype=torch.int64, device=boxes.device)
+        matrix = boxes.new_zeros((len(boxes), out[axis], size[axis]))
+        for number in range(count):
+            sample = first + number
+            position = base + (sample + 0.5) * bin_extent / grid
+            inside = (sample < grid) & (position >= -1) & (position <= size[axis])
+            position = torch.where(inside, position, 0.0).clamp(min=0, max=size[axis] - 1)
+            low = position.floor()
+            fraction = torch.where(inside, position - low, 0.0)[..., None]
+            low = torch.where(inside, low, -2.0).long()[..., None]
+            matrix += torch.where(voxel == low, 1 - fraction, 0.0) + torch.where(voxel == low + 1, fraction, 0.0)
+        weights.append(torch.where(grid[..., None] > 0, matrix / grid[..., None], 0.0).to(accumulate))
+    return weights

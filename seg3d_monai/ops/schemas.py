@@ -1,0 +1,16 @@
+"""Names and schemas of the operators, as csrc/schemas.cpp declares them; used where no compiled library is loaded."""
+
+NAMESPACE = "seg3d"
+
+SCHEMAS = {
+    "roi_align3d": (
+        "(Tensor features, Tensor boxes, Tensor batch_index, SymInt out_d, SymInt out_h, SymInt out_w, "
+        "float scale_z, float scale_y, float scale_x, int sampling_ratio, bool aligned) -> Tensor"
+    ),
+    "roi_align3d_backward": (
+        "(Tensor grad, Tensor boxes, Tensor batch_index, SymInt batch, SymInt depth, SymInt height, SymInt width, "
+        "float scale_z, float scale_y, float scale_x, int sampling_ratio, bool aligned) -> Tensor"
+    ),
+    "nms3d": "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
+    "batched_nms3d": "(Tensor boxes, Tensor scores, Tensor group, float iou_threshold) -> Tensor",
+}

@@ -1,0 +1,172 @@
+"""The default augmentation: geometry against hand-made numbers, exact ids, ignore that survives, repeatability."""
+
+import numpy as np
+import pytest
+import torch
+from monai.transforms import RandFlipd
+
+from seg3d_monai.data.transforms import RandPlaneAffined, RandTurnPlaned, train_transforms
+
+SHAPE = (6, 20, 20)
+
+
+def crop(shape: tuple[int, int, int] = SHAPE, channels: int = 1) -> dict[str, torch.Tensor]:
+    """An image that equals its label, so that both must move alike; ids in blocks of 2 x 4 x 4, an ignored plane."""
+    z, y, x = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    label = (1 + z // 2 + 10 * (y // 4) + 100 * (x // 4)).astype(np.int32)
+    label[:, :2] = -1
+    label[:, -2:] = 0
+    image = np.repeat(label[None].astype(np.float32), channels, axis=0)
+    return {"image": torch.from_numpy(image), "label": torch.from_numpy(label[None])}
+
+
+def test_image_and_label_move_together_and_stay_exact() -> None:
+    transform = train_transforms(intensity_prob=0.0, affine_prob=0.0)
+    data = crop(channels=2)
+    moved = set()
+    for seed in range(20):
+        result = transform.set_random_state(seed=seed)(data)
+        assert result["image"].shape == (2, *SHAPE)
+        for channel in range(2):
+            assert np.array_equal(np.asarray(result["image"][channel]), np.asarray(result["label"][0]))
+        moved.add(np.asarray(result["label"]).tobytes())
+        assert np.array_equal(np.unique(result["label"]), np.unique(data["label"]))
+    assert len(moved) > 8
+
+
+def test_crops_that_are_not_square_are_not_turned() -> None:
+    data = crop((4, 12, 20))
+    turn = RandTurnPlaned(prob=1.0)
+    assert torch.equal(torch.as_tensor(turn(data)["label"]), data["label"])
+    square = {key: value[..., :12] for key, value in data.items()}
+    turned = turn.set_random_state(seed=1)(square)
+    assert any(
+        torch.equal(torch.as_tensor(turned["label"]), torch.rot90(square["label"], k, (2, 3))) for k in (1, 2, 3)
+    )
+    shapes = {tuple(train_transforms().set_random_state(seed=seed)(data)["image"].shape) for seed in range(6)}
+    assert shapes == {(1, 4, 12, 20)}
+
+
+def test_without_affine_a_margin_is_cut_off_at_the_centre() -> None:
+    data = crop()
+    result = RandPlaneAffined(crop_size=(4, 10, 12), prob=0.0)(data)
+    assert torch.equal(result["label"], data["label"][:, 1:5, 5:15, 4:16])
+    assert torch.equal(result["image"], data["image"][:, 1:5, 5:15, 4:16])
+
+
+def test_a_zoom_of_two_doubles_lengths() -> None:
+    label = torch.zeros((1, 8, 16, 24), dtype=torch.int32)
+    label[:, 2:6, 5:11, 9:15] = 1
+    data = {"image": label.float(), "label": label}
+    zoomed = RandPlaneAffined(prob=1.0, rotate_degrees=0.0, scale_range=((1, 1), (1, 1), (2, 2)))(data)
+    places = torch.nonzero(zoomed["label"][0] == 1)
+    assert places.min(0).values.tolist() == [2, 5, 6]
+    assert (places.max(0).values + 1).tolist() == [6, 11, 18]
+    shrunk = RandPlaneAffined(prob=1.0, rotate_degrees=0.0, scale_range=((0.5, 0.5), (1, 1), (1, 1)))(data)
+    places = torch.nonzero(shrunk["label"][0] == 1)
+    assert places.min(0).values.tolist() == [3, 5, 9]
+    assert (places.max(0).values + 1).tolist() == [5, 11, 15]
+    # Beyond what was there: image 0, label ignore.
+    assert (shrunk["label"][0, [0, 1, 6, 7]] == -1).all()
+    assert not shrunk["image"][0, [0, 7]].any()
+
+
+def test_a_rotation_stays_in_its_plane_and_follows_the_image() -> None:
+    label = torch.zeros((1, 5, 33, 33), dtype=torch.int32)
+    label[:, 2, 15:18, 4:29] = 7
+    data = {"image": label.float(), "label": label}
+    rotate = RandPlaneAffined(prob=1.0, rotate_degrees=40.0, scale_range=((1, 1), (1, 1), (1, 1)))
+    result = rotate.set_random_state(seed=5)(data)
+    found = result["label"][0] == 7
+    assert found[2].any()
+    assert not found[[0, 1, 3, 4]].any()
+    ys, xs = torch.nonzero(found[2], as_tuple=True)
+    slope = np.polyfit(xs.numpy(), ys.numpy(), 1)[0]
+    assert 5 < abs(np.degrees(np.arctan(slope))) < 40
+    assert abs(int(found.sum()) - 75) <= 12
+    # Trilinear image and nearest label agree wherever the image is clearly one or the other.
+    assert (result["image"][0][found] > 3.0).all()
+
+
+def test_large_ids_and_ignore_survive_an_affine() -> None:
+    ids = torch.tensor([65_536, 70_001, 1_000_003, 16_777_213])
+    label = ids[torch.arange(4).repeat_interleave(6)].reshape(1, 1, 1, 24).expand(1, 6, 16, 24).contiguous()
+    label[:, :, :4] = -1
+    data = {"image": torch.zeros(1, 6, 16, 24), "label": label.to(torch.int32)}
+    transform = RandPlaneAffined(prob=1.0)
+    for seed in range(5):
+        result = transform.set_random_state(seed=seed)(data)
+        assert result["label"].dtype == torch.int32
+        assert set(result["label"].unique().tolist()) == {-1, *ids.tolist()}
+    data["label"][0, 0, 8, 0] = 1 << 24
+    with pytest.raises(ValueError, match="renumber them from 1"):
+        transform(data)
+
+
+def test_labels_are_untouched_by_intensity_and_images_change() -> None:
+    transform = train_transforms(flip=False, isotropic_plane=False, affine_prob=0.0, intensity_prob=1.0)
+    data = {"image": torch.rand(2, *SHAPE), "label": crop()["label"]}
+    result = transform.set_random_state(seed=0)(data)
+    assert torch.equal(torch.as_tensor(result["label"]), data["label"])
+    assert result["image"].shape == data["image"].shape
+    assert result["image"].dtype == torch.float32
+    assert torch.isfinite(torch.as_tensor(result["image"])).all()
+    assert not torch.allclose(torch.as_tensor(result["image"]), data["image"])
+
+
+def test_the_blur_along_z_is_half_of_that_in_the_plane() -> None:
+    transform = train_transforms(
+        flip=False,
+        isotropic_plane=False,
+        affine_prob=0.0,
+        intensity_prob=1.0,
+        gamma_range=(1.0, 1.0),
+        intensity_scale=0.0,
+        intensity_shift=0.0,
+        noise_std=0.0,
+        blur_sigma=(1.0, 1.0),
+    )
+    image = torch.zeros(1, 21, 23, 25)
+    image[0, 10, 11, 12] = 1.0
+    result = transform.set_random_state(seed=0)({"image": image, "label": image.to(torch.int32)})
+    found = torch.as_tensor(result["image"])[0].double()
+    spreads = []
+    for axis, centre in ((0, 10), (1, 11), (2, 12)):
+        profile = found.sum(dim=[a for a in range(3) if a != axis])
+        offsets = torch.arange(len(profile)) - centre
+        spreads.append(float((profile * offsets**2).sum() / profile.sum()) ** 0.5)
+    # The blur integrates the Gaussian over voxels, which adds 1/12 to its variance.
+    assert spreads == pytest.approx([(0.25 + 1 / 12) ** 0.5, (1 + 1 / 12) ** 0.5, (1 + 1 / 12) ** 0.5], rel=0.03)
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_the_threads() -> None:
+    data = {"image": torch.rand(1, 10, 40, 40), "label": torch.randint(-1, 300, (1, 10, 40, 40), dtype=torch.int32)}
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            transform = train_transforms(crop_size=(6, 24, 24), affine_prob=1.0, intensity_prob=1.0)
+            results.append(transform.set_random_state(seed=11)(data))
+    finally:
+        torch.set_num_threads(threads)
+    for key in ("image", "label"):
+        assert torch.equal(torch.as_tensor(results[0][key]), torch.as_tensor(results[1][key]))
+    other = train_transforms(crop_size=(6, 24, 24), affine_prob=1.0).set_random_state(seed=12)(data)
+    assert not torch.equal(torch.as_tensor(other["image"]), torch.as_tensor(results[0]["image"]))
+
+
+def test_switches_leave_steps_out() -> None:
+    def kinds(**options: bool) -> list[type]:
+        return [type(step) for step in train_transforms(**options).transforms]  # type: ignore[arg-type]
+
+    assert kinds().count(RandFlipd) == 3
+    assert RandFlipd not in kinds(flip=False)
+    assert RandTurnPlaned in kinds()
+    assert RandTurnPlaned not in kinds(isotropic_plane=False)
+
+
+def test_scales_that_make_no_sense() -> None:
+    for scale_range in (((1, 1), (1, 1)), ((0, 1), (1, 1), (1, 1)), ((1, 1), (2, 1), (1, 1))):
+        with pytest.raises(ValueError, match="magnifications"):
+            train_transforms(scale_range=scale_range)

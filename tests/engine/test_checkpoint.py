@@ -1,0 +1,229 @@
+"""Checkpoint files: resume bit for bit, damage, full disk, weights that do not fit."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from engine_toys import ToyLoader, ToyNetwork
+from ignite.engine import Events
+
+from seg3d_monai.engine import Checkpoints, WarmupCosine, load_weights
+from seg3d_monai.engine.checkpoint import read_checkpoint, read_last, write_checkpoint, write_last, write_weights
+
+
+def losses_of(trainer):
+    losses = {}
+
+    def remember():
+        losses[trainer.state.iteration] = dict(trainer.state.output)
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, remember)
+    return losses
+
+
+SETTINGS = {
+    "optimizer": torch.optim.AdamW,
+    "lr": 0.01,
+    "max_epochs": 4,
+    "ema_decay": 0.9,
+    "accumulation_steps": 2,
+    "clip_norm": 1.0,
+    "seed": 11,
+}
+
+
+@pytest.mark.parametrize("stop_after", [2, 5, 6, 10, 15])
+def test_resume_gives_the_same_bits(make_trainer, tmp_path, stop_after):
+    """Epochs of 5 batches, 2 a step: stops within an epoch, at its end and at its short last step."""
+    schedule = WarmupCosine(warmup=0.1)
+    whole = make_trainer(**SETTINGS, schedule=schedule, loader=ToyLoader(num_batches=5))
+    expected = losses_of(whole)
+    whole.run()
+
+    first = make_trainer(**SETTINGS, schedule=schedule, loader=ToyLoader(num_batches=5))
+    Checkpoints(output_dir=tmp_path, minutes=0).attach(first)
+    stopped = losses_of(first)
+
+    def crash():
+        raise KeyboardInterrupt  # at once, as kill -9 would: nothing is saved on the way out
+
+    first.add_event_handler(Events.ITERATION_STARTED(once=stop_after + 1), crash)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+
+    loader = ToyLoader(num_batches=5)
+    second = make_trainer(**SETTINGS, schedule=schedule, loader=loader)
+    Checkpoints(output_dir=tmp_path).attach(second)
+    resumed = losses_of(second)
+    torch.rand(3)
+    second.run()
+    assert min(resumed) <= stop_after + 1
+    assert max(resumed) == 20
+    assert {**stopped, **resumed} == expected
+    for name, value in whole.checkpoint()["ema"].items():
+        assert torch.equal(second.checkpoint()["ema"][name], value)
+    assert read_checkpoint(tmp_path / "last.pt")["iteration"] == 20
+
+
+def test_elapsed_time_adds_up(make_trainer, tmp_path):
+    now = [50.0]
+    first = make_trainer(max_epochs=1, clock=lambda: now[0])
+    Checkpoints(output_dir=tmp_path).attach(first)
+    first.add_event_handler(Events.EPOCH_STARTED, lambda: now.__setitem__(0, 80.0))
+    first.run()
+    now[0] = 7.0  # another process's clock
+    second = make_trainer(max_epochs=9, max_minutes=1.0, clock=lambda: now[0])
+    Checkpoints(output_dir=tmp_path).attach(second)
+    second.add_event_handler(Events.ITERATION_STARTED, lambda: now.__setitem__(0, now[0] + 10.0))
+    second.run()
+    assert second.state.iteration == 4 + 3
+    assert second.elapsed == 60.0
+
+
+def test_finished_training_is_not_repeated(make_trainer, tmp_path):
+    Checkpoints(output_dir=tmp_path).attach(first := make_trainer())
+    first.run()
+    written = (tmp_path / "last.pt").read_bytes()
+    second = make_trainer()
+    Checkpoints(output_dir=tmp_path).attach(second)
+    losses = losses_of(second)
+    second.run()
+    assert losses == {}
+    assert torch.equal(first.network.linear.weight, second.network.linear.weight)
+    assert (tmp_path / "last.pt").read_bytes() == written
+
+
+def test_without_resume_starts_again(make_trainer, tmp_path):
+    Checkpoints(output_dir=tmp_path).attach(first := make_trainer())
+    first.run()
+    Checkpoints(output_dir=tmp_path, resume=False).attach(second := make_trainer())
+    losses = losses_of(second)
+    second.run()
+    assert sorted(losses) == list(range(1, 13))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_damaged_last_is_named_and_the_one_before_used(tmp_path, damage, caplog):
+    write_last(tmp_path, {"number": 1, "values": torch.arange(100.0)})
+    write_last(tmp_path, {"number": 2, "values": torch.arange(100.0)})
+    path = tmp_path / "last.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        at = content.find(torch.arange(100.0).numpy().tobytes()) + 41
+        content[at] ^= 4
+    path.write_bytes(
+        {"truncated": content[: len(content) // 2], "flipped": content, "empty": b"", "text": b"x"}[damage]
+    )
+    assert read_last(tmp_path)["number"] == 1
+    assert f"{str(path)!r} is damaged" in caplog.text
+    (tmp_path / "last.prev.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last\.pt' is damaged .*last\.prev\.pt' is damaged"):
+        read_last(tmp_path)
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert read_last(tmp_path) is None
+    write_last(tmp_path, {"number": 1})
+    os.replace(tmp_path / "last.pt", tmp_path / "last.prev.pt")  # killed between the two moves
+    assert read_last(tmp_path)["number"] == 1
+
+
+def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    write_last(tmp_path, {"number": 1})
+    write_last(tmp_path, {"number": 2})
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_last(tmp_path, {"number": 3})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.prev.pt", "last.pt"]
+    assert read_last(tmp_path)["number"] == 2
+
+
+def test_format_is_checked(tmp_path):
+    write_weights(tmp_path / "model.pt", {"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match="not a training checkpoint"):
+        read_checkpoint(tmp_path / "model.pt")
+    write_checkpoint(tmp_path / "new.pt", {"version": 99})
+    with pytest.raises(ValueError, match="format version 99"):
+        read_checkpoint(tmp_path / "new.pt")
+
+
+def test_weights_load_into_another_network(tmp_path):
+    network = ToyNetwork()
+    write_weights(tmp_path / "model.pt", network.state_dict())
+    other = load_weights(ToyNetwork(), tmp_path / "model.pt")
+    assert torch.equal(other.linear.weight, network.linear.weight)
+    assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == set(network.state_dict())
+
+
+def test_weights_of_a_training_checkpoint_are_the_averaged_ones(make_trainer, tmp_path):
+    trainer = make_trainer(ema_decay=0.5, train_handlers=[Checkpoints(output_dir=tmp_path)])
+    trainer.run()
+    loaded = load_weights(ToyNetwork(), tmp_path / "last.pt")
+    assert torch.equal(loaded.linear.weight, trainer.ema.module.linear.weight)
+    shipped = load_weights(ToyNetwork(), tmp_path / "model.pt")
+    assert torch.equal(shipped.linear.weight, trainer.ema.module.linear.weight)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    weights = ToyNetwork().state_dict()
+    weights["linear.weight"] = torch.zeros(3, 4)
+    weights["extra"] = weights.pop("linear.bias")
+    write_weights(tmp_path / "model.pt", weights)
+    with pytest.raises(
+        ValueError,
+        match=r"1 missing: linear\.bias; 1 unexpected: extra; "
+        r"1 differently shaped: linear\.weight \(3, 4\) instead of \(2, 30\)",
+    ):
+        load_weights(ToyNetwork(), tmp_path / "model.pt")
+    with pytest.raises(FileNotFoundError, match="does not exist; train first"):
+        load_weights(ToyNetwork(), tmp_path / "none.pt")
+
+
+def test_resuming_something_else_is_refused(make_trainer, tmp_path):
+    make_trainer(train_handlers=[Checkpoints(output_dir=tmp_path)]).run()
+    for arguments, words in [
+        ({"loader": ToyLoader(num_batches=9)}, "4 batches, now 9"),
+        ({"ema_decay": 0.5}, "without ema_decay"),
+        ({"network": torch.nn.Linear(2, 2)}, "another network or optimizer"),
+    ]:
+        trainer = make_trainer(**arguments, train_handlers=[Checkpoints(output_dir=tmp_path)])
+        with pytest.raises(ValueError, match=words):
+            trainer.run()
+
+
+def test_sigterm_from_outside(tmp_path):
+    """A process that is told to stop saves, says nothing of a fault, and its code is that of SIGTERM."""
+    script = textwrap.dedent(f"""
+        import sys, time, torch
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from engine_toys import ToyLoader, ToyNetwork, toy_criterion
+        from seg3d_monai.engine import Checkpoints, InstanceTrainer
+        network = ToyNetwork()
+        def slow(outputs, targets):
+            print("step", flush=True)
+            time.sleep(0.05)
+            return toy_criterion(outputs, targets)
+        InstanceTrainer(
+            device="cpu", max_epochs=10_000, train_data_loader=ToyLoader(), network=network, loss_function=slow,
+            optimizer=torch.optim.SGD(network.parameters(), lr=0.01),
+            train_handlers=[Checkpoints(output_dir={str(tmp_path)!r})],
+        ).run()
+    """)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "step\n"
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+    assert read_checkpoint(tmp_path / "last.pt")["iteration"] >= 1

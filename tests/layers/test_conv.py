@@ -1,0 +1,51 @@
+"""Convolution blocks: sizes, axes, normalisation groups, user errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seg3d_monai.layers import ConvNormAct, group_norm
+from seg3d_monai.layers.conv import check_axes
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(16, 8), (8, 8), (12, 1), (3, 1), (1, 1)])
+def test_group_norm_takes_one_group_where_channels_do_not_divide(channels, groups):
+    assert group_norm(channels).num_groups == groups
+
+
+@pytest.mark.parametrize("kernel", [1, 3, (1, 3, 5), (3, 5, 7)])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2, 3), (4, 1, 2)])
+@pytest.mark.parametrize("size", [(7, 10, 13), (1, 2, 3)])
+def test_output_size_is_ceil_of_size_over_stride(kernel, stride, size):
+    step = (stride,) * 3 if isinstance(stride, int) else stride
+    out = ConvNormAct(2, 4, kernel, stride)(torch.randn(2, 2, *size))
+    assert out.shape == (2, 4, *(-(-n // s) for n, s in zip(size, step, strict=True)))
+
+
+def test_block_is_convolution_then_norm_then_relu():
+    torch.manual_seed(0)
+    block, linear = ConvNormAct(3, 16, (1, 3, 5), (1, 2, 1)), ConvNormAct(3, 16, (1, 3, 5), (1, 2, 1), act=False)
+    linear.load_state_dict(block.state_dict())
+    x = torch.randn(2, 3, 4, 7, 9)
+    conv = F.conv3d(x, block[0].weight, stride=(1, 2, 1), padding=(0, 1, 2)).reshape(2, 8, 2, -1)
+    mean, var = conv.mean((2, 3), keepdim=True), conv.var((2, 3), correction=0, keepdim=True)
+    wanted = ((conv - mean) / (var + 1e-5).sqrt()).reshape(2, 16, 4, 4, 9)
+    torch.testing.assert_close(linear(x), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block(x), wanted.clamp(min=0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [2, (3, 4, 3)])
+def test_even_kernels_are_refused(kernel):
+    with pytest.raises(ValueError, match="odd"):
+        ConvNormAct(2, 4, kernel)
+
+
+def test_check_axes_returns_a_tuple_of_int():
+    assert check_axes("stride", [1, 2, 4]) == (1, 2, 4)
+    assert check_axes("stride", torch.Size([3, 5, 7])) == (3, 5, 7)
+
+
+@pytest.mark.parametrize("value", [(1, 2), (1, 2, 0), (1, 2, -1), (1, 2, 1.5), 3, (1, 2, 3, 4)])
+def test_check_axes_names_argument_and_value(value):
+    with pytest.raises(ValueError, match=r"^stride is .*\(z, y, x\)"):
+        check_axes("stride", value)

@@ -1,0 +1,225 @@
+"""The detector as a whole: training step with none, one and many instances, and the contract of its detections."""
+
+import logging
+
+import pytest
+import torch
+
+from seg3d_monai.losses import MaskRCNNCriterion
+from seg3d_monai.matching import IoUMatcher
+
+SIZE = (17, 33, 49)
+CROWD = [(z, y, x, z + 4, y + 6, x + 8) for z in (0, 4, 8, 13) for y in (0, 6, 13, 20, 27) for x in (1, 17, 33)]
+
+
+def make_criterion(**changes):
+    matcher = IoUMatcher(foreground_iou=0.4, background_iou=0.2, match_best=True)
+    return MaskRCNNCriterion(**({"matcher": matcher, "num_anchor_samples": 64} | changes))
+
+
+def step(network, images, targets, criterion=None):
+    torch.manual_seed(1)
+    outputs = network.train()(images, targets)
+    return outputs, (criterion or make_criterion())(outputs, targets)
+
+
+@pytest.mark.parametrize("counts", [(0,), (1,), (0, 0), (0, 1, 60)])
+def test_training_step_with_none_one_and_many_instances(make_detector, make_target, counts):
+    network = make_detector()
+    targets = [make_target(SIZE, CROWD[:n]) for n in counts]
+    torch.manual_seed(0)
+    outputs, losses = step(network, torch.randn(len(counts), 1, *SIZE), targets)
+    assert all(torch.isfinite(v) for v in losses.values())
+    if not sum(counts):
+        assert [losses[k].item() for k in ("anchor_box", "roi_box", "mask_bce", "mask_dice")] == [0.0] * 4
+    assert outputs["anchors"].shape[0] == outputs["objectness"].shape[1] == outputs["anchor_deltas"].shape[1]
+    assert (outputs["roi_batch"].diff() >= 0).all()
+    assert (outputs["mask_batch"].diff() >= 0).all()
+    per_image = torch.bincount(outputs["roi_batch"], minlength=len(counts))
+    assert (per_image <= 128).all()
+    masks = torch.bincount(outputs["mask_batch"], minlength=len(counts))
+    assert all(m >= min(1, n) and m <= 32 and (n > 0 or m == 0) for m, n in zip(masks.tolist(), counts, strict=True))
+    sum(losses.values()).backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+
+
+def test_several_channels_and_classes(make_detector, make_target):
+    network = make_detector(in_channels=2, num_classes=3)
+    targets = [make_target(SIZE, CROWD[:20], classes=[i % 3 for i in range(20)]), make_target(SIZE, [])]
+    outputs, losses = step(network, torch.randn(2, 2, *SIZE), targets)
+    assert outputs["class_logits"].shape[1] == 4
+    assert outputs["mask_logits"].shape[1:] == (3, 8, 8, 8)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in network.parameters())
+    found = network.eval()(torch.randn(1, 2, *SIZE))[0]
+    assert set(found["classes"].tolist()) <= {0, 1, 2}
+
+
+def test_true_boxes_are_trained_on_even_without_a_single_proposal(make_detector, make_target):
+    network = make_detector(pre_nms_top_n=(0, 0))
+    target = make_target(SIZE, CROWD[:5])
+    outputs, losses = step(network, torch.randn(2, 1, *SIZE), [make_target(SIZE, []), target])
+    assert torch.equal(outputs["rois"], target["boxes"])
+    assert outputs["roi_batch"].tolist() == [1] * 5
+    assert outputs["roi_matched"].tolist() == list(range(5))
+    assert sorted(outputs["mask_matched"].tolist()) == list(range(5))
+    sum(losses.values()).backward()
+
+
+def test_numbers_and_order_of_instances_do_not_change_the_losses(make_detector, make_target):
+    """With room for every sample nothing is left to chance, so the losses are the same."""
+    network = make_detector(num_roi_samples=10_000, num_mask_samples=10_000, num_classes=2)
+    criterion = make_criterion(num_anchor_samples=100_000)
+    boxes, classes = [CROWD[i] for i in (0, 7, 19, 33, 58)], [0, 1, 0, 1, 1]
+    order = [3, 0, 4, 2, 1]
+    image = torch.randn(2, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    empty = make_target(SIZE, [])
+    plain = make_target(SIZE, boxes, classes)
+    turned = make_target(SIZE, [boxes[i] for i in order], [classes[i] for i in order], ids=[50, 3, 77, 4, 1000])
+    _, wanted = step(network, image, [plain, empty], criterion)
+    _, found = step(network, image, [turned, empty], criterion)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_the_seed_decides_the_samples(make_detector, make_target):
+    network = make_detector(num_roi_samples=10, num_mask_samples=2)
+    targets = [make_target(SIZE, CROWD)]
+    image = torch.randn(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    first, second = step(network, image, targets), step(network, image, targets)
+    for key, value in first[0].items():
+        assert torch.equal(value, second[0][key]), key
+    for key, value in first[1].items():
+        assert torch.equal(value, second[1][key]), key
+
+
+def test_autocast_keeps_boxes_logits_and_losses_in_float32(make_detector, make_target):
+    network = make_detector()
+    image = torch.randn(1, 1, *SIZE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs, losses = step(network, image, [make_target(SIZE, CROWD)])
+        found = network.eval()(image)[0]
+    values = [v for v in [*outputs.values(), *losses.values(), *found.values()] if v.is_floating_point()]
+    assert {v.dtype for v in values} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+def test_training_without_targets_is_refused(make_detector):
+    with pytest.raises(ValueError, match="targets is None"):
+        make_detector().train()(torch.randn(1, 1, *SIZE))
+
+
+@pytest.mark.parametrize("size", [SIZE, (16, 32, 48), (5, 40, 23), (2, 3, 7), (1, 1, 1)])
+def test_contract_of_detections(make_detector, size):
+    network = make_detector(num_classes=2).eval()
+    with torch.inference_mode():
+        detections = network(torch.randn(2, 1, *size))
+    assert len(detections) == 2
+    for found in detections:
+        count = len(found["boxes"])
+        assert {k: tuple(v.shape) for k, v in found.items()} == {
+            "boxes": (count, 6),
+            "scores": (count,),
+            "classes": (count,),
+            "mask_logits": (count, 8, 8, 8),
+        }
+        assert found["boxes"].dtype == found["scores"].dtype == found["mask_logits"].dtype == torch.float32
+        assert found["classes"].dtype == torch.int64
+        assert count <= 40
+        assert (found["boxes"] >= 0).all()
+        assert (found["boxes"] <= torch.tensor([*size, *size])).all()
+        assert (found["boxes"][:, 3:] - found["boxes"][:, :3] >= 1).all()
+        assert (found["scores"].diff() <= 0).all()
+        assert ((found["scores"] >= 0) & (found["scores"] <= 1)).all()
+
+
+@pytest.mark.parametrize("changes", [{"pre_nms_top_n": (0, 0)}, {"score_threshold": 1.1}])
+def test_no_detections(make_detector, changes):
+    network = make_detector(num_classes=2, **changes).eval()
+    for found in network(torch.randn(2, 1, *SIZE)):
+        assert found["boxes"].shape == (0, 6)
+        assert found["scores"].shape == found["classes"].shape == (0,)
+        assert found["mask_logits"].shape == (0, 8, 8, 8)
+
+
+def test_evaluation_repeats_and_draws_nothing(make_detector):
+    network = make_detector().eval()
+    image = torch.randn(1, 1, *SIZE)
+    state = torch.get_rng_state()
+    first, second = network(image)[0], network(image)[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(first["boxes"]) > 0
+    for key, value in first.items():
+        assert torch.equal(value, second[key])
+
+
+def test_a_batch_does_not_change_an_image(make_detector):
+    network = make_detector(num_classes=2).eval()
+    images = torch.randn(2, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    for image, together in zip(images, network(images), strict=True):
+        alone = network(image[None])[0]
+        for key, value in alone.items():
+            torch.testing.assert_close(together[key], value, atol=1e-4, rtol=1e-4)
+
+
+def test_more_detections_than_fit_are_cut_and_said(make_detector, caplog):
+    image = torch.randn(1, 1, *SIZE)
+    whole = make_detector().eval()(image)[0]
+    network = make_detector(max_detections=7).eval()
+    with caplog.at_level(logging.WARNING):
+        found = network(image)[0]
+    assert torch.equal(found["boxes"], whole["boxes"][:7])
+    assert "max_detections" in caplog.text
+
+
+def test_masks_of_many_detections_belong_to_their_boxes(make_detector):
+    """More detections than one chunk of the mask head: the same logits as each box pooled alone."""
+    network = make_detector(
+        num_classes=2, max_detections=150, detection_nms_threshold=1.0, post_nms_top_n=(50, 150), proposal_nms_threshold=1.0
+    ).eval()
+    images = torch.randn(2, 1, *SIZE)
+    with torch.inference_mode():
+        found = network(images)[1]
+        assert len(found["boxes"]) > 130
+        features = network.backbone(images)
+        for row in (0, 63, 64, 65, len(found["boxes"]) - 1):
+            pooled = network.mask_pooler(features, found["boxes"][row : row + 1], torch.tensor([1]))
+            wanted = network.mask_head(pooled)[0, found["classes"][row]]
+            torch.testing.assert_close(found["mask_logits"][row], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_moving_the_image_by_the_coarsest_stride_moves_the_detections(make_detector):
+    """An object in the middle of a flat image, moved by (2, 4, 8): what is found around it moves along."""
+    network = make_detector(
+        num_classes=2,
+        anchor_levels=("p2",),
+        anchor_shapes=[[(8, 12, 12)]],
+        pre_nms_top_n=(10_000, 10_000),
+        post_nms_top_n=(10_000, 10_000),
+        proposal_nms_threshold=1.0,
+        detection_nms_threshold=1.0,
+        max_detections=10_000,
+    ).eval()
+    for layer in (network.rpn.deltas, network.box_head.deltas):  # boxes stay near their anchors
+        layer.weight.data *= 0.03
+    size, shift = (38, 76, 76), (2, 4, 8)
+    pattern = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0)) * 3
+    found = []
+    for z, y, x in [(0, 0, 0), shift]:
+        image = torch.zeros(1, 1, *size)
+        image[0, 0, 16 + z : 20 + z, 31 + y : 37 + y, 30 + x : 38 + x] = pattern
+        with torch.inference_mode():
+            result = network(image)[0]
+        result["boxes"] = result["boxes"] - torch.tensor([z, y, x, z, y, x])
+        centre = (result["boxes"][:, :3] + result["boxes"][:, 3:]) / 2
+        near = ((centre - torch.tensor([18.0, 34, 34])).abs() < torch.tensor([4.0, 10, 10])).all(1)
+        found.append({key: value[near] for key, value in result.items()})
+    before, after = found
+    assert len(before["boxes"]) == len(after["boxes"]) == 4 * 5 * 5  # anchors with their centre in the window
+    # The background repeats itself, so scores tie: pair by box.
+    nearest = torch.cdist(before["boxes"], after["boxes"]).argmin(1)
+    assert sorted(nearest.tolist()) == list(range(len(nearest)))
+    for key, value in before.items():
+        torch.testing.assert_close(after[key][nearest], value, atol=1e-3, rtol=1e-3)
+    assert before["scores"].std() > 1e-4, "the object should be seen"

@@ -1,0 +1,199 @@
+import naive_oracle
+import pytest
+import torch
+from monai.data.box_utils import non_max_suppression
+
+from seg3d_monai.ops import batched_nms3d, nms3d
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+def make_boxes(count, seed=0, spread=(10.0, 30.0, 40.0)):
+    """Crowded boxes of anisotropic extents, a tenth of them empty or inverted, with tied scores and four groups."""
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.rand(count, 3, generator=generator) * torch.tensor(spread)
+    extent = torch.tensor([2.0, 6.0, 8.0]) * (0.3 + torch.rand(count, 3, generator=generator))
+    extent[::10, 1] = 0.0
+    extent[5::20, 2] = -1.0
+    scores = torch.randint(0, max(count // 3, 1), (count,), generator=generator) / 100.0
+    group = torch.randint(0, 4, (count,), generator=generator)
+    return torch.cat([low, low + extent], 1), scores, group
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_equals_the_naive_loop(dtype, threshold):
+    boxes, scores, group = make_boxes(150)
+    boxes, scores = boxes.to(dtype), scores.to(dtype)
+    assert nms3d(boxes, scores, threshold).tolist() == naive_oracle.nms(boxes, scores, [0] * 150, threshold)
+    assert batched_nms3d(boxes, scores, group, threshold).tolist() == naive_oracle.nms(
+        boxes, scores, group.tolist(), threshold
+    )
+
+
+def test_more_boxes_than_one_block_of_the_reference():
+    boxes, scores, group = make_boxes(1100, seed=4, spread=(20.0, 40.0, 60.0))
+    assert batched_nms3d(boxes, scores, group, 0.2).tolist() == naive_oracle.nms(boxes, scores, group.tolist(), 0.2)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_hand_counted_chain(axis):
+    # Five boxes 2 x 3 x 4 moved by a quarter of their extent along one axis: neighbours have IoU 3/5, next ones 1/3.
+    extent = torch.tensor([2.0, 3.0, 4.0])
+    low = torch.zeros(5, 3)
+    low[:, axis] = torch.arange(5) * extent[axis] / 4
+    boxes = torch.cat([low, low + extent], 1)
+    scores = torch.tensor([0.1, 0.9, 0.8, 0.7, 0.2])
+    assert nms3d(boxes, scores, 0.5).tolist() == [1, 3]
+    # Box 1 drops 0 and 2; box 3 has IoU 1/3 with it, box 4 has 1/7.
+    assert nms3d(boxes, scores, 0.3).tolist() == [1, 4]
+    assert nms3d(boxes, scores, 0.6).tolist() == [1, 2, 3, 4, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_iou_at_the_threshold_is_kept(dtype):
+    boxes = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 0, 1, 3, 2]], dtype=dtype)  # 2 of 6 voxels
+    scores = torch.tensor([0.5, 0.6])
+    assert nms3d(boxes, scores, 1 / 3).tolist() == [1, 0]
+    assert nms3d(boxes, scores, 1 / 3 - 1e-9).tolist() == [1]
+
+
+def test_ties_go_to_the_lower_index():
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 2.0, 3.0, 4.0]]).repeat(6, 1) + torch.tensor([[0], [9], [0], [9], [0], [30]])
+    scores = torch.full((6,), 0.5)
+    assert nms3d(boxes, scores, 0.5).tolist() == [0, 1, 5]
+    assert nms3d(boxes, scores, 1.0).tolist() == [0, 1, 2, 3, 4, 5]
+    scores[4] = 0.6
+    assert nms3d(boxes, scores, 0.5).tolist() == [4, 1, 5]
+
+
+def test_an_empty_box_neither_drops_nor_is_dropped():
+    boxes = torch.tensor(
+        [[0, 0, 0, 2, 3, 4], [0, 0, 0, 2, 3, 4], [1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 2, 2], [1, 2, 1, 2, 1, 2]],
+        dtype=torch.float32,
+    )
+    scores = torch.tensor([0.5, 0.4, 0.9, 0.8, 0.1])
+    assert nms3d(boxes, scores, 0.0).tolist() == [2, 3, 0, 4]
+
+
+def test_touching_boxes_do_not_overlap():
+    boxes = torch.tensor([[0, 0, 0, 2, 3, 4], [2, 0, 0, 4, 3, 4], [0, 3, 0, 2, 6, 4.0]])
+    assert nms3d(boxes, torch.tensor([0.1, 0.2, 0.3]), 0.0).tolist() == [2, 1, 0]
+
+
+def test_large_coordinates_keep_their_precision():
+    boxes = torch.tensor([[0, 0, 0, 2, 3, 4], [1, 0, 0, 3, 3, 4]], dtype=torch.float32) + 2.0**22
+    assert nms3d(boxes, torch.tensor([0.9, 0.8]), 0.34).tolist() == [0, 1]
+    assert nms3d(boxes, torch.tensor([0.9, 0.8]), 0.33).tolist() == [0]
+
+
+def test_one_long_box_among_short_ones():
+    boxes, scores, _ = make_boxes(120, seed=8)
+    boxes[60] = torch.tensor([0.0, 0.0, -500.0, 12.0, 36.0, 500.0])
+    for score in (0.0, 100.0):
+        scores[60] = score
+        assert nms3d(boxes, scores, 0.01).tolist() == naive_oracle.nms(boxes, scores, [0] * 120, 0.01)
+
+
+def test_zero_and_one_box():
+    empty = nms3d(torch.zeros(0, 6), torch.zeros(0), 0.5)
+    assert (empty.shape, empty.dtype) == ((0,), torch.int64)
+    empty = batched_nms3d(torch.zeros(0, 6), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0.5)
+    assert (empty.shape, empty.dtype) == ((0,), torch.int64)
+    assert nms3d(torch.ones(1, 6), torch.ones(1), 0.5).tolist() == [0]
+
+
+def test_groups_are_independent_and_come_out_together_by_score():
+    boxes, scores, group = make_boxes(200, seed=2)
+    group = (group - 2) * 2**40  # large and negative ids
+    kept = batched_nms3d(boxes, scores, group, 0.2)
+    separate = []
+    for value in group.unique().tolist():
+        members = (group == value).nonzero().squeeze(1)
+        separate += members[nms3d(boxes[members], scores[members], 0.2)].tolist()
+    assert kept.tolist() == sorted(separate, key=lambda i: (-scores[i].item(), i))
+    assert torch.equal(batched_nms3d(boxes, scores, torch.full_like(group, 7), 0.2), nms3d(boxes, scores, 0.2))
+
+
+def test_equals_monai():
+    boxes, _, _ = make_boxes(60, seed=6)
+    boxes = torch.cat([boxes[:, :3], torch.maximum(boxes[:, 3:], boxes[:, :3] + 0.5)], 1)
+    scores = torch.rand(60, generator=torch.Generator().manual_seed(1))
+    for threshold in (0.05, 0.3, 0.7):
+        expected = non_max_suppression(boxes, scores, threshold)
+        assert nms3d(boxes, scores, threshold).tolist() == expected.tolist()
+
+
+def test_strided_inputs():
+    boxes, scores, group = make_boxes(80)
+    wide_boxes, wide_scores = torch.stack([boxes, boxes], 2)[..., 0], torch.stack([scores, scores], 1)[:, 0]
+    wide_group = torch.stack([group, group], 1)[:, 0]
+    expected = batched_nms3d(boxes, scores, group, 0.3)
+    assert torch.equal(batched_nms3d(wide_boxes, wide_scores, wide_group, 0.3), expected)
+    assert not any(tensor.is_contiguous() for tensor in (wide_boxes, wide_scores, wide_group))
+
+
+def test_inputs_that_require_gradients_are_taken_as_values():
+    boxes, scores, _ = make_boxes(20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = nms3d(boxes.clone().requires_grad_(), scores.clone().requires_grad_(), 0.3)
+    assert torch.equal(kept, nms3d(boxes, scores, 0.3))
+    assert not kept.requires_grad
+
+
+def test_the_operators_pass_torchs_own_checks():
+    boxes, scores, group = make_boxes(12)
+    torch.library.opcheck(torch.ops.seg3d.nms3d.default, (boxes, scores, 0.3))
+    torch.library.opcheck(torch.ops.seg3d.batched_nms3d.default, (boxes, scores, group, 0.3))
+
+
+def test_compiles_without_a_graph_break():
+    boxes, scores, group = make_boxes(40)
+
+    def kept_boxes(boxes, scores, group):
+        return boxes[batched_nms3d(boxes, scores, group, 0.3)] + 1
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(kept_boxes, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(boxes, scores, group), kept_boxes(boxes, scores, group))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"boxes": [[0, 0, 0, 1, 1, 1]]}, TypeError, "boxes must be a torch.Tensor"),
+        ({"boxes": torch.zeros(3, 6, dtype=torch.int64)}, TypeError, "boxes must be .* got torch.int64"),
+        ({"boxes": torch.zeros(3, 4)}, ValueError, r"boxes must have the shape \[K, 6\]"),
+        ({"boxes": torch.full((3, 6), torch.nan)}, ValueError, r"boxes\[0\] = .*not finite"),
+        ({"scores": torch.zeros(3, 1)}, ValueError, r"scores must have the shape \[N\]"),
+        ({"scores": torch.zeros(2)}, ValueError, "scores must have one entry per box, got 2 for 3 boxes"),
+        ({"scores": torch.tensor([0.0, torch.nan, 1.0])}, ValueError, r"scores\[1\] is NaN"),
+        ({"scores": torch.zeros(3, device="meta")}, ValueError, "move them to one device"),
+        ({"group": torch.zeros(3)}, TypeError, "group must be int64"),
+        ({"group": torch.zeros(2, dtype=torch.int64)}, ValueError, "group must have one entry per box"),
+        ({"iou_threshold": 1.5}, ValueError, r"iou_threshold must be in \[0, 1\], got 1.5"),
+        ({"iou_threshold": float("nan")}, ValueError, r"iou_threshold must be in \[0, 1\]"),
+        ({"iou_threshold": "0.5"}, TypeError, "iou_threshold must be a float"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, error, message):
+    arguments = {
+        "boxes": torch.zeros(3, 6),
+        "scores": torch.zeros(3),
+        "group": torch.zeros(3, dtype=torch.int64),
+        "iou_threshold": 0.5,
+        **changes,
+    }
+    with pytest.raises(error, match=message):
+        batched_nms3d(**arguments)
+    if "group" not in changes:
+        del arguments["group"]
+        with pytest.raises(error, match=message):
+            nms3d(**arguments)
+
+
+def test_the_bare_operator_refuses_values_that_are_not_numbers():
+    with pytest.raises((RuntimeError, ValueError), match="boxes must be finite"):
+        torch.ops.seg3d.nms3d(torch.full((2, 6), torch.nan), torch.zeros(2), 0.5)
+    with pytest.raises((RuntimeError, ValueError), match="scores must not be NaN"):
+        torch.ops.seg3d.nms3d(torch.zeros(2, 6), torch.full((2,), torch.nan), 0.5)
