@@ -40,7 +40,7 @@ class Residual(nn.Module):
                 ConvNormAct(in_channels, width, 3, stride), ConvNormAct(width, out_channels, 3, act=False)
             )
         # A block starts as the identity: deep stacks then train without warm-up of the signal's scale.
-        nn.init.zeros_(self.body[-1][1].weight)  # type: ignore[index, arg-type]
+        nn.init.zeros_(self.body[-1][1].weight)  # type: ignore[index]
         same = in_channels == out_channels and stride == (1, 1, 1)
         self.shortcut = nn.Identity() if same else ConvNormAct(in_channels, out_channels, 1, stride, act=False)
 

@@ -6,6 +6,7 @@ from seg3d_monai.data.crop_index_build import build_index
 from seg3d_monai.data.intensity import Intensity, check_finite, measure_intensity
 from seg3d_monai.data.loader import CropLoader, collate_crops
 from seg3d_monai.data.manifest import Manifest, ManifestRow, read_manifest
+from seg3d_monai.data.sample import dataset_or_sample
 from seg3d_monai.data.splits import index_for, split_by_specimen
 from seg3d_monai.data.targets import Targets, derive_targets
 from seg3d_monai.data.volume import ArrayVolume, Volume, open_volume
@@ -27,6 +28,7 @@ __all__ = [
     "build_index",
     "check_finite",
     "collate_crops",
+    "dataset_or_sample",
     "derive_targets",
     "index_for",
     "measure_intensity",

@@ -42,8 +42,8 @@ def index_for(
         specimen_pattern: as for `read_manifest`.
         val_specimens: specimens for validation.
         test_specimens: specimens that are kept back.
-        val_fraction: instead of `val_specimens`, the fraction of volumes to take for validation, in whole specimens
-            drawn by `seed`.
+        val_fraction: where neither the manifest nor `val_specimens` says, the fraction of volumes to take for
+            validation, in whole specimens drawn by `seed`.
         seed: of that draw.
         progress: whether to show a progress bar.
 
@@ -87,13 +87,13 @@ def split_by_specimen(
             raise TypeError(f"{name}={value!r} is a string; give a list of specimens")
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(f"val_fraction={val_fraction} is outside [0, 1); give the fraction of volumes for validation")
-    asked = bool(val_specimens or test_specimens or val_fraction)
+    asked = bool(val_specimens or test_specimens)
     if any(row.split is not None for row in rows):
         without = [row.name for row in rows if row.split is None]
         if without:
             raise ValueError(f"rows {', '.join(without[:10])} have no split while others do; fill the column 'split'")
         if asked:
-            raise ValueError("the manifest has a column 'split'; remove it, or give no specimens and no val_fraction")
+            raise ValueError("the manifest has a column 'split'; remove it, or give no specimens")
         return tuple(rows)
     specimens = sorted({row.specimen for row in rows})
     for name, value in (("val_specimens", val_specimens), ("test_specimens", test_specimens)):
@@ -103,10 +103,8 @@ def split_by_specimen(
     both = sorted(set(val_specimens) & set(test_specimens))
     if both:
         raise ValueError(f"specimens {', '.join(both)} are in val_specimens and test_specimens; keep each in one")
-    if val_fraction and val_specimens:
-        raise ValueError(f"val_fraction={val_fraction} and val_specimens={list(val_specimens)} exclude each other")
     chosen = set(val_specimens)
-    if val_fraction:
+    if val_fraction and not val_specimens:
         rest = [specimen for specimen in specimens if specimen not in set(test_specimens)]
         if len(rest) < 2:
             raise ValueError(f"val_fraction={val_fraction} needs two specimens or more; there is {', '.join(rest)}")

@@ -130,7 +130,7 @@ def train_transforms(
     scale_range: Sequence[Sequence[float]] = ((0.9, 1.1), (0.85, 1.2), (0.85, 1.2)),
     intensity_prob: float = 0.3,
     gamma_range: Sequence[float] = (0.7, 1.5),
-    intensity_scale: float = 0.3,
+    intensity_scale: Sequence[float] = (0.4, 1.4),
     intensity_shift: float = 0.1,
     noise_std: float = 0.1,
     blur_sigma: Sequence[float] = (0.3, 1.0),
@@ -146,7 +146,7 @@ def train_transforms(
         scale_range: magnifications along (z, y, x).
         intensity_prob: probability of each of gamma, scale, shift, noise and blur, 0 to 1.
         gamma_range: smallest and largest exponent.
-        intensity_scale: largest relative change of contrast.
+        intensity_scale: smallest and largest factor of the contrast.
         intensity_shift: largest shift, in normalised units.
         noise_std: largest standard deviation of Gaussian noise, in normalised units.
         blur_sigma: smallest and largest Gaussian blur in y and x, voxels; half of it in z.
@@ -176,7 +176,9 @@ def train_transforms(
             keys="image", prob=intensity_prob, sigma_x=(low / 2, high / 2), sigma_y=(low, high), sigma_z=(low, high)
         ),
         RandAdjustContrastd(keys="image", prob=intensity_prob, gamma=(float(gamma_range[0]), float(gamma_range[1]))),
-        RandScaleIntensityd(keys="image", prob=intensity_prob, factors=intensity_scale),
+        RandScaleIntensityd(
+            keys="image", prob=intensity_prob, factors=(intensity_scale[0] - 1, intensity_scale[1] - 1)
+        ),
         RandShiftIntensityd(keys="image", prob=intensity_prob, offsets=intensity_shift),
         RandGaussianNoised(keys="image", prob=intensity_prob, std=noise_std),
     ]

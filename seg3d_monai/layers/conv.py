@@ -30,9 +30,10 @@ class ConvNormAct(nn.Sequential):
         stride: int | Sequence[int] = 1,
         act: bool = True,
     ) -> None:
-        kernel = (kernel_size,) * 3 if isinstance(kernel_size, int) else tuple(kernel_size)
-        step = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
-        conv = nn.Conv3d(in_channels, out_channels, kernel, step, tuple(k // 2 for k in kernel), bias=False)
+        kernel = check_axes("kernel_size", (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size)
+        step = check_axes("stride", (stride,) * 3 if isinstance(stride, int) else stride)
+        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+        conv = nn.Conv3d(in_channels, out_channels, kernel, step, padding, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         layers: list[nn.Module] = [conv, group_norm(out_channels)]
         if act:

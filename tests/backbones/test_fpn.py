@@ -33,7 +33,8 @@ def test_a_cell_receives_the_coarse_cell_that_contains_it(size, ratio):
     torch.manual_seed(0)
     coarse_size = tuple(-(-n // r) for n, r in zip(size, ratio, strict=True))
     fine, coarse = torch.rand(2, 1, *size), torch.rand(2, 1, *coarse_size)
-    pyramid = bare(Given({"c1": fine, "c2": coarse}, {"c1": (1, 2, 2), "c2": tuple(r * s for r, s in zip(ratio, (1, 2, 2)))}))
+    strides = {"c1": (1, 2, 2), "c2": (ratio[0], ratio[1] * 2, ratio[2] * 2)}
+    pyramid = bare(Given({"c1": fine, "c2": coarse}, strides))
     out = pyramid(torch.zeros(2, 1, *size))
     z, y, x = (torch.arange(n) // r for n, r in zip(size, ratio, strict=True))
     wanted = fine + coarse[:, :, z[:, None, None], y[:, None], x]

@@ -463,8 +463,9 @@ def test_splits_that_make_no_sense(tmp_path: Path) -> None:
         split_by_specimen(rows, val_specimens=["Emb9"])
     with pytest.raises(ValueError, match="Emb0_t0 are in val_specimens and test_specimens"):
         split_by_specimen(rows, val_specimens=["Emb0_t0"], test_specimens=["Emb0_t0"])
-    with pytest.raises(ValueError, match="exclude each other"):
-        split_by_specimen(rows, val_specimens=["Emb0_t0"], val_fraction=0.5)
+    named = split_by_specimen(rows, val_specimens=["Emb0_t0"], val_fraction=0.5)
+    assert named == split_by_specimen(rows, val_specimens=["Emb0_t0"])
+    assert split_by_specimen(named, val_fraction=0.5) == named
     with pytest.raises(ValueError, match="val_fraction=1"):
         split_by_specimen(rows, val_fraction=1.0)
     with pytest.raises(TypeError, match="give a list of specimens"):

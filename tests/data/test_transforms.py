@@ -121,7 +121,7 @@ def test_the_blur_along_z_is_half_of_that_in_the_plane() -> None:
         affine_prob=0.0,
         intensity_prob=1.0,
         gamma_range=(1.0, 1.0),
-        intensity_scale=0.0,
+        intensity_scale=(1.0, 1.0),
         intensity_shift=0.0,
         noise_std=0.0,
         blur_sigma=(1.0, 1.0),

@@ -32,7 +32,9 @@ def test_every_level_has_its_own_stride_shapes_and_odd_size():
     shapes = [[(2, 4, 6)], [(6, 8, 10)]]
     strides = {"p1": (1, 2, 3), "p2": (2, 4, 9)}
     sizes = {"p1": (5, 7, 3), "p2": (3, 4, 1)}
-    for level, shape, anchors in zip(strides, shapes, AnchorGrid(shapes=shapes, strides=strides)(features(**sizes)), strict=True):
+    for level, shape, anchors in zip(
+        strides, shapes, AnchorGrid(shapes=shapes, strides=strides)(features(**sizes)), strict=True
+    ):
         cells = torch.cartesian_prod(*(torch.arange(n) for n in sizes[level])).float()
         centre = (cells + 0.5) * torch.tensor(strides[level])
         half = torch.tensor(shape[0]) / 2

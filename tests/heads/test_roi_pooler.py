@@ -13,7 +13,9 @@ SIZE = (17, 50, 70)
 def make_features(channels=3, batch=2):
     generator = torch.Generator().manual_seed(0)
     return {
-        level: torch.randn(batch, channels, *(-(-n // s) for n, s in zip(SIZE, stride, strict=True)), generator=generator)
+        level: torch.randn(
+            batch, channels, *(-(-n // s) for n, s in zip(SIZE, stride, strict=True)), generator=generator
+        )
         for level, stride in STRIDES.items()
     }
 
@@ -55,7 +57,9 @@ def test_rows_equal_pooling_each_box_alone_from_its_level(sampling_ratio):
     for row in range(40):
         name, stride = list(STRIDES.items())[levels[row]]
         scale = tuple(1 / s for s in stride)
-        alone = roi_align3d(features[name], boxes[row : row + 1], batch[row : row + 1], (2, 3, 4), scale, sampling_ratio)
+        alone = roi_align3d(
+            features[name], boxes[row : row + 1], batch[row : row + 1], (2, 3, 4), scale, sampling_ratio
+        )
         torch.testing.assert_close(found[row : row + 1], alone)
 
 

@@ -95,12 +95,11 @@ class Drawn:
     """A 1-D stack; what each block sees is drawn as text over its read roi, one letter an instance."""
 
     def __init__(self, views, scores=None):
-        self.views = {x: text for x, text in views}
+        self.views = {(x, len(text)): text for x, text in views}
         self.scores = scores or {}
 
     def __call__(self, block, roi):
-        text = self.views[roi[2]]
-        assert len(text) == roi[5] - roi[2]
+        text = self.views[roi[2], roi[5] - roi[2]]
         labels = np.array([0 if c == "." else ord(c) - ord("a") + 1 for c in text]).reshape(1, 1, -1)
         return to_instances(labels, {ord(c) - ord("a") + 1: s for c, s in self.scores.items()})
 

@@ -85,6 +85,15 @@ def test_two_views_that_both_defer_are_not_lost():
     assert stitch_1d([(0, a), (6, b)], size=12, halo=6) == "...........11..........."
 
 
+def test_duplicates_that_meet_yield_one_at_a_time():
+    # three blocks of 40 with halo 40: a (A, 0.9) hides 7 of b's 13 voxels, b (B, 0.8) hides c's only one
+    a = "." + "a" * 76 + "." * 3  # 1-76, 39 are A's
+    b = "." * 70 + "b" * 13 + "." * 37  # 70-82, 10 are B's
+    c = "." * 42 + "c" + "." * 37  # 82
+    found = stitch_1d([(0, a), (0, b), (40, c)], {"a": 0.9, "b": 0.8, "c": 0.7}, size=40, halo=40)
+    assert found == "." + "1" * 76 + "." * 5 + "2" + "." * 37
+
+
 def test_a_rod_through_five_blocks_is_one():
     # owned 0-3, 4-7, ...; halo 1; the rod covers 2-17
     rod = "..aaaaaaaaaaaaaaaa.."

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from seg3d_monai.losses import MaskRCNNCriterion
+from seg3d_monai.losses import MaskRCNNCriterion, mask_targets
 from seg3d_monai.matching import IoUMatcher
 
 SIZE = (8, 16, 24)
@@ -141,8 +141,6 @@ def test_roi_losses(targets):
 
 @pytest.mark.parametrize("targets", [[MANY], [NONE], [NONE, MANY], [MANY, NONE, MANY]])
 def test_mask_losses(targets):
-    from seg3d_monai.losses import mask_targets
-
     outputs = make_outputs(targets)
     losses = make_criterion()(outputs, targets)
     bce_sum = num_valid = dice_sum = 0

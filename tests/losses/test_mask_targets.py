@@ -53,8 +53,8 @@ def test_equals_trilinear_interpolation_of_the_instance(bins, ignore):
     for row, (instance, box) in enumerate(zip(ids, boxes, strict=True)):
         box = np.float32(box).astype(np.float64)
         np.testing.assert_allclose(occupancy[row].numpy(), sample(label == instance, box, bins), atol=2e-5)
-        # Where an ignored voxel has a real share the bin is not valid; where it has none, nor a rounding error away, it is.
-        shares = [sample(label == -1, box, bins, shift) for shift in product((-1e-4, 1e-4), repeat=3)]
+        # A bin is not valid where an ignored voxel has a real share, and valid where none is within a rounding error.
+        shares = [sample(label == -1, box, bins, shift) for shift in product((-1e-4, 0, 1e-4), repeat=3)]
         assert not valid[row].numpy()[np.min(shares, 0) > 0].any()
         assert valid[row].numpy()[np.max(shares, 0) == 0].all()
 

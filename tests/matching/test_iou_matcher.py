@@ -106,7 +106,9 @@ def test_no_boxes(num_truth):
 def test_ignored_voxels_excuse_background_only():
     label = torch.full(SIZE, -1)
     truth = torch.tensor([[0.0, 0, 0, 2, 4, 8]])
-    boxes = torch.tensor([[0.0, 0, 0, 2, 4, 8], [4, 6, 8, 6, 9, 13], [-9, -9, -9, -1, -1, -1], [90, 90, 90, 99, 99, 99]])
+    boxes = torch.tensor(
+        [[0.0, 0, 0, 2, 4, 8], [4, 6, 8, 6, 9, 13], [-9, -9, -9, -1, -1, -1], [90, 90, 90, 99, 99, 99]]
+    )
     assert matcher()(boxes, truth, label).tolist() == [0, IGNORED, IGNORED, IGNORED]
 
 

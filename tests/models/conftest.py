@@ -38,7 +38,12 @@ def make_detector():
         for layer in network.modules():
             if isinstance(layer, nn.GroupNorm):
                 nn.init.uniform_(layer.weight, 0.5, 1.5)
-        for layer in (network.rpn.objectness, network.rpn.deltas, network.box_head.class_logits, network.box_head.deltas):
+        for layer in (
+            network.rpn.objectness,
+            network.rpn.deltas,
+            network.box_head.class_logits,
+            network.box_head.deltas,
+        ):
             nn.init.normal_(layer.weight, std=0.1)
         return network
 

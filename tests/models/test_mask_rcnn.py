@@ -176,7 +176,11 @@ def test_more_detections_than_fit_are_cut_and_said(make_detector, caplog):
 def test_masks_of_many_detections_belong_to_their_boxes(make_detector):
     """More detections than one chunk of the mask head: the same logits as each box pooled alone."""
     network = make_detector(
-        num_classes=2, max_detections=150, detection_nms_threshold=1.0, post_nms_top_n=(50, 150), proposal_nms_threshold=1.0
+        num_classes=2,
+        max_detections=150,
+        detection_nms_threshold=1.0,
+        post_nms_top_n=(50, 150),
+        proposal_nms_threshold=1.0,
     ).eval()
     images = torch.randn(2, 1, *SIZE)
     with torch.inference_mode():

@@ -1,0 +1,163 @@
+"""The bundle maskrcnn3d: parses, satisfies MONAI's properties, trains, predicts, and refuses what is misspelt."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+import zarr
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "bundles" / "maskrcnn3d" / "configs"
+OVERLAYS = sorted((CONFIGS / "overlays").glob("*.json"))
+SMALL = {
+    "crop_size": [16, 32, 40],
+    "backbone#width": 8,
+    "network_def#fpn_channels": 8,
+    "network_def#box_hidden": 16,
+    "network_def#mask_channels": 8,
+    "train#dataset#num_samples": 4,
+    "train#trainer#max_epochs": 1,
+    "amp": "off",
+}
+"""Overrides that make a training of two steps."""
+
+
+def run_bundle(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "monai.bundle", "run", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def overrides(values: dict[str, object]) -> list[str]:
+    return [
+        text
+        for key, value in values.items()
+        for text in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
+
+
+def write_dataset(folder: Path, channels: int = 1, classes: int = 1) -> Path:
+    """Four specimens of small bright boxes in noise: two for training, one for validation, one for the test."""
+    rng = np.random.default_rng(0)
+    lines = ["name,image,label,axes,spacing_z_um,spacing_y_um,spacing_x_um,specimen,split,classes"]
+    for i, split in enumerate(["train", "train", "val", "test"]):
+        label = np.zeros((18, 40, 44), np.uint16)
+        boxes = [(2, 3, 4), (2, 3, 24), (9, 20, 6), (10, 21, 28)]
+        for k, (z, y, x) in enumerate(boxes, start=1):
+            label[z : z + 6, y : y + 12, x : x + 14] = k
+        image = rng.normal(100, 5, (channels, *label.shape)) + 80 * (label > 0)
+        name = f"v{i}"
+        (folder / name).mkdir(parents=True)
+        tifffile.imwrite(folder / name / "image.tif", image.astype(np.uint16).squeeze())
+        tifffile.imwrite(folder / name / "labels.tif", label)
+        rows = "".join(f"{k},{k % classes}\n" for k in range(1, 5))
+        (folder / name / "classes.csv").write_text("id,class\n" + rows)
+        axes = "CZYX" if channels > 1 else "ZYX"
+        lines.append(f"{name},{name}/image.tif,{name}/labels.tif,{axes},2,0.8,0.8,s{i},{split},{name}/classes.csv")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("workflow_type", "name"), [("train", "train.json"), ("infer", "inference.json")], ids=["train", "inference"]
+)
+def test_properties_are_complete(workflow_type: str, name: str, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data")
+    extra = {"dataset_dir": str(dataset), "output_dir": str(tmp_path / "run")} | SMALL if name == "train.json" else {}
+    workflow = ConfigWorkflow(
+        config_file=str(CONFIGS / name),
+        meta_file=str(CONFIGS / "metadata.json"),
+        logging_file=False,
+        workflow_type=workflow_type,
+        **extra,
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)
+def test_each_overlay_passes_the_strict_check(overlay: Path) -> None:
+    from seg3d_monai.engine import check_config
+
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / "train.json"), str(overlay)])
+    parser.parse()
+    check_config(parser=parser)
+
+
+def test_inference_describes_the_same_network_as_training() -> None:
+    train, inference = (json.loads((CONFIGS / name).read_text()) for name in ("train.json", "inference.json"))
+    for key in ("backbone", "network_def"):
+        assert train[key] == inference[key]
+
+
+def test_metadata_names_what_the_model_zoo_asks_for() -> None:
+    meta = json.loads((CONFIGS / "metadata.json").read_text())
+    for key in ("version", "changelog", "monai_version", "pytorch_version", "numpy_version", "task", "description"):
+        assert meta[key]
+    assert meta["required_packages_version"]["seg3d_monai"]
+    assert set(meta["network_data_format"]) == {"inputs", "outputs"}
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(1, 1), (2, 2)])
+def test_trains_evaluates_and_predicts(tmp_path: Path, channels: int, classes: int) -> None:
+    dataset = write_dataset(tmp_path / "data", channels, classes)
+    run = tmp_path / "run"
+    network = {"in_channels": channels, "num_classes": classes}
+    arguments = [
+        *("training", "--config_file", str(CONFIGS / "train.json"), "--dataset_dir", str(dataset)),
+        *("--output_dir", str(run), *overrides(SMALL | network)),
+    ]
+    done = run_bundle(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("F1@0.5 = ")
+    assert {p.name for p in run.iterdir()} >= {"model.pt", "last.pt", "best.pt", "validation.csv", "config.json"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run"]
+
+    both = f"['{CONFIGS / 'train.json'}','{CONFIGS / 'evaluate.json'}']"
+    arguments[:3] = ["evaluating", "--config_file", both]
+    done = run_bundle(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("F1@0.5 = ")
+    assert (run / "evaluation" / "metrics.json").exists()
+
+    small = {key: value for key, value in SMALL.items() if key.startswith(("backbone", "network_def", "amp"))}
+    output = tmp_path / "out.zarr"
+    done = run_bundle(
+        *("--config_file", str(CONFIGS / "inference.json"), "--input", str(dataset / "v3" / "image.tif")),
+        *("--output", str(output), "--checkpoint", str(run / "model.pt"), "--axes", "CZYX" if channels > 1 else "ZYX"),
+        *("--spacing", "[2,0.8,0.8]", "--block_size", "[8,20,24]", "--halo", "[4,8,8]", "--score_threshold", "0.0"),
+        *overrides(small | network),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    labels = zarr.open(output / "labels" / "instances" / "0")[:]
+    table = pd.read_parquet(tmp_path / "out.instances.parquet")
+    assert labels.shape == (18, 40, 44)
+    assert sorted(set(np.unique(labels)) - {0}) == table["id"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [
+        ("dataset_dri", "dataset_dir"),
+        ("train#trainer#max_epoch", "max_epochs"),
+        ("backbone#widht", "width"),
+        ("train#datset#seed", "train#dataset"),
+        ("loss#weights#mask_bec", "mask_bce"),
+    ],
+)
+def test_a_misspelt_override_is_refused_before_anything_is_written(tmp_path: Path, flag: str, nearest: str) -> None:
+    done = run_bundle(
+        *("training", "--config_file", str(CONFIGS / "train.json"), "--output_dir", str(tmp_path / "run")),
+        *(f"--{flag}", "3"),
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert nearest in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,190 @@
+"""A run that is stopped anywhere goes on where it was, to the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inference_toys import Logging, blank, tissue_seeds, tree_digest, voronoi
+
+import seg3d_monai
+from seg3d_monai.data.volume import ArrayVolume
+from seg3d_monai.inference import predict_volume
+from seg3d_monai.inference.journal import Journal
+from seg3d_monai.inference.paint import Stitched
+from seg3d_monai.inference.writer import LabelWriter
+
+SHAPE = (14, 40, 36)
+TRUTH = voronoi(tissue_seeds(SHAPE, (7, 14, 12), seed=2), (0, 0, 0, *SHAPE))
+GRID = {"block_size": (6, 18, 20), "halo": (2, 4, 3), "progress": False}
+NUM_BLOCKS = 18
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Digest and table of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = predict_volume(blank(SHAPE), Logging(TRUTH, folder / "log"), folder / "x.zarr", **GRID)
+    return tree_digest(done.output), done.table.read_bytes()
+
+
+def check_same(folder, whole):
+    assert tree_digest(folder / "x.zarr") == whole[0]
+    assert (folder / "x.instances.parquet").read_bytes() == whole[1]
+    assert not (folder / "x.zarr.partial").exists()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("fail_at", [0, 1, 11])
+def test_a_failed_prediction_goes_on(tmp_path, whole, fail_at, num_workers):
+    predictor = Logging(TRUTH, tmp_path / "log", fail_at=fail_at)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", num_workers=num_workers, **GRID)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "log") == ["x.journal.sqlite"]
+    finished = len(predictor.calls())
+    predictor.fail_at = None
+    done = predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
+    assert done.num_predicted == NUM_BLOCKS - finished
+    assert len(predictor.calls()) == len(set(predictor.calls())) == NUM_BLOCKS
+    check_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "after"),
+    [
+        (Stitched, "paint", 5),
+        (LabelWriter, "finish", 0),
+        (LabelWriter, "publish", 0),
+        (Journal, "set_fact", 4),  # plan, input and state at the start, then the number of objects
+        (Journal, "set_fact", 5),  # OUTPUT is there, the journal does not know yet
+    ],
+)
+def test_stopped_after_prediction(tmp_path, whole, monkeypatch, owner, name, after):
+    original, calls = getattr(owner, name), []
+
+    def stop(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    predictor = Logging(TRUTH, tmp_path / "log")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
+    done = predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
+    assert done.num_predicted == 0
+    assert len(predictor.calls()) == NUM_BLOCKS
+    assert done.already_finished == (after == 5 and owner is Journal)
+    check_same(tmp_path, whole)
+    assert predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID).already_finished
+
+
+@pytest.mark.parametrize("lost", ["x.zarr", "x.instances.parquet"])
+def test_a_deleted_result_is_painted_again(tmp_path, whole, lost):
+    predictor = Logging(TRUTH, tmp_path / "log")
+    predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
+    path = tmp_path / lost
+    path.rename(tmp_path / "elsewhere")
+    predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
+    assert len(predictor.calls()) == NUM_BLOCKS
+    check_same(tmp_path, whole)
+
+
+RUN = """
+import sys, time
+import numpy as np
+from inference_toys import Logging, blank
+from seg3d_monai.inference import predict_volume
+
+class Slow(Logging):
+    def __call__(self, block, roi):
+        found = super().__call__(block, roi)
+        time.sleep(0.1)
+        return found
+
+    def identity(self):
+        return {"name": "logging"}
+
+if __name__ == "__main__":
+    truth = np.load("truth.npy")
+    predict_volume(blank(truth.shape), Slow(truth, "log"), "x.zarr", (6, 18, 20), (2, 4, 3), int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_kill_9_and_resume(tmp_path, whole, num_workers):
+    np.save(tmp_path / "truth.npy", TRUTH)
+    (tmp_path / "run.py").write_text(RUN)
+    paths = [Path(__file__).parent, Path(seg3d_monai.__file__).parents[1]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "run.py", str(num_workers)]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
+        log = Logging(TRUTH, tmp_path / "log")
+        until = time.monotonic() + 120
+        while len(log.calls()) < 5 and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    begun = len(log.calls())
+    assert 5 <= begun < NUM_BLOCKS
+    assert not (tmp_path / "x.zarr").exists()
+    time.sleep(0.5)  # workers end with their driver; the block in hand may still be noted
+    done = predict_volume(blank(SHAPE), log, tmp_path / "x.zarr", **GRID)
+    # only blocks in flight (one a worker and one in reserve) are predicted again
+    assert NUM_BLOCKS - begun <= done.num_predicted <= NUM_BLOCKS - begun + num_workers + 1
+    check_same(tmp_path, whole)
+    with Journal(tmp_path / "x.journal.sqlite") as journal:
+        starts = journal.starts()
+    assert len(starts) == NUM_BLOCKS
+    assert sum(starts.values()) <= NUM_BLOCKS + num_workers + 1
+
+
+class Damaged(ArrayVolume):
+    """A stack with a block that cannot be read while a file exists; repairing it changes its size on disk."""
+
+    def __init__(self, flag):
+        super().__init__(np.zeros(SHAPE, np.uint8), (2.0, 1.0, 0.5))
+        self.flag = flag
+
+    def identity(self):
+        return {"num_bytes": 1 if self.flag.exists() else 2}
+
+    def read(self, roi):
+        if self.flag.exists() and roi[2] > 0 and roi[0] > 5:
+            raise ValueError("chunk 1/1/1 is damaged")
+        return super().read(roi)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_damaged_chunk_is_named_and_after_repair_the_run_goes_on(tmp_path, whole, num_workers):
+    flag = tmp_path / "damaged"
+    flag.touch()
+    predictor = Logging(TRUTH, tmp_path / "log")
+    message = r"block \d+ \(roi \[10, 0, 17, 14, 22, 36\]\) cannot be read: chunk 1/1/1 is damaged"
+    with pytest.raises(ValueError, match=message):
+        predict_volume(Damaged(flag), predictor, tmp_path / "x.zarr", num_workers=num_workers, **GRID)
+    assert not (tmp_path / "x.zarr").exists()
+    finished = len(predictor.calls())
+    assert finished >= 13
+    with pytest.raises(ValueError, match=message):
+        predict_volume(Damaged(flag), predictor, tmp_path / "x.zarr", **GRID)
+    flag.unlink()
+    predict_volume(Damaged(flag), predictor, tmp_path / "x.zarr", **GRID)
+    assert len(predictor.calls()) == len(set(predictor.calls())) == NUM_BLOCKS
+    check_same(tmp_path, whole)
+    flag.touch()  # once it is finished, a changed input is another input
+    with pytest.raises(ValueError, match=r"finished with another plan \(input\.num_bytes: 2 -> 1\)"):
+        predict_volume(Damaged(flag), predictor, tmp_path / "x.zarr", **GRID)
+
+
+def test_an_input_that_changed_is_refused(tmp_path):
+    predictor = Logging(TRUTH, tmp_path / "log", fail_at=3)
+    with pytest.raises(RuntimeError):
+        predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
+    with pytest.raises(ValueError, match=r"begun with another plan \(input\.digest"):
+        predict_volume(ArrayVolume(np.ones(SHAPE, np.uint8), (2.0, 1.0, 0.5)), predictor, tmp_path / "x.zarr", **GRID)
