@@ -1,6 +1,7 @@
 """Feature pyramid network (Lin et al. 2017) over any backbone, with any stride per axis and level."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,12 +17,20 @@ class FeaturePyramid(nn.Module):
         out_channels: channels of each output level.
         levels: backbone levels to fuse, finest first; default all. Output names are the input names with
             their first letter replaced by "p" ("c2" -> "p2").
+        out_levels: pyramid levels to output, such as "p2"; default all. Others only pass their content down.
 
     Raises:
-        ValueError: a level that the backbone does not have.
+        ValueError: a level that the backbone or the pyramid does not have, or a level that does not tile the finer one.
     """
 
-    def __init__(self, *, backbone: nn.Module, out_channels: int, levels: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        out_channels: int,
+        levels: Sequence[str] | None = None,
+        out_levels: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         channels: dict[str, int] = backbone.channels  # type: ignore[assignment]
         strides: dict[str, tuple[int, int, int]] = backbone.strides  # type: ignore[assignment]
@@ -29,11 +38,21 @@ class FeaturePyramid(nn.Module):
         unknown = [level for level in self.levels if level not in channels]
         if unknown:
             raise ValueError(f"levels {unknown} are not levels of the backbone; choose from {list(channels)}")
+        names = {level: "p" + level[1:] for level in self.levels}
+        unknown = sorted(set(out_levels or ()) - set(names.values()))
+        if unknown:
+            raise ValueError(f"out_levels {unknown} are not levels of the pyramid; choose from {list(names.values())}")
+        read = [level for level, name in names.items() if out_levels is None or name in out_levels]
+        self.ratios: dict[str, tuple[int, ...]] = {}
+        for fine, coarse in pairwise(self.levels):
+            if any(c % f for f, c in zip(strides[fine], strides[coarse], strict=True)):
+                raise ValueError(f"strides of {fine} {strides[fine]} do not divide those of {coarse} {strides[coarse]}")
+            self.ratios[fine] = tuple(c // f for f, c in zip(strides[fine], strides[coarse], strict=True))
         self.backbone = backbone
         self.lateral = nn.ModuleDict({v: ConvNormAct(channels[v], out_channels, 1, act=False) for v in self.levels})
-        self.output = nn.ModuleDict({v: ConvNormAct(out_channels, out_channels, 3) for v in self.levels})
-        self.channels = {"p" + v[1:]: out_channels for v in self.levels}
-        self.strides = {"p" + v[1:]: strides[v] for v in self.levels}
+        self.output = nn.ModuleDict({v: ConvNormAct(out_channels, out_channels, 3) for v in read})
+        self.channels = {names[v]: out_channels for v in read}
+        self.strides = {names[v]: strides[v] for v in read}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """[N, in_channels, D, H, W] -> {"p1": [N, out_channels, D1, H1, W1], ...}, finest first."""
@@ -43,7 +62,11 @@ class FeaturePyramid(nn.Module):
         for level in reversed(self.levels):
             merged = self.lateral[level](features[level])
             if top is not None:
-                merged = merged + F.interpolate(top, size=merged.shape[2:], mode="nearest")
+                # By the ratio of the strides, not of the sizes: cell i lies in coarse cell i // ratio at odd sizes too.
+                grown = F.interpolate(top, scale_factor=tuple(map(float, self.ratios[level])), mode="nearest")
+                depth, height, width = merged.shape[2:]
+                merged = merged + grown[:, :, :depth, :height, :width]
             top = merged
-            pyramid["p" + level[1:]] = self.output[level](merged)
+            if level in self.output:
+                pyramid["p" + level[1:]] = self.output[level](merged)
         return {level: pyramid[level] for level in self.channels}

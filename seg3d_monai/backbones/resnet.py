@@ -64,7 +64,7 @@ class ResNet(nn.Module):
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-        ValueError: the stage lists differ in length, or a stride is not three positive integers.
+        ValueError: the stage lists differ in length, a stage has no block, or a stride is not three positive integers.
     """
 
     def __init__(
@@ -86,6 +86,8 @@ class ResNet(nn.Module):
                 f"depths {list(depths)}, widths {list(widths)} and stage_strides {list(stage_strides)} "
                 "differ in length; give one entry a stage in each"
             )
+        if any(depth < 1 for depth in depths):
+            raise ValueError(f"depths is {list(depths)}; give each stage at least one block")
         self.activation_checkpointing = activation_checkpointing
         stride = check_axes("stem_stride", stem_stride)
         self.stem = ConvNormAct(in_channels, stem_channels, check_axes("stem_kernel", stem_kernel), stride)

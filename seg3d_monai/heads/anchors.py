@@ -19,31 +19,38 @@ class AnchorGrid(nn.Module):
         strides: (z, y, x) stride of each level by name, finest first.
 
     Raises:
-        ValueError: unequal numbers of shapes, or another number of levels than strides.
+        ValueError: unequal numbers of shapes, another number of levels than strides, or an extent that is not positive.
     """
 
     def __init__(
         self, *, shapes: Sequence[Sequence[Sequence[float]]], strides: Mapping[str, tuple[int, int, int]]
     ) -> None:
         super().__init__()
-        self.shapes: Tensor
+        self.cell_anchors: Tensor
         if len(shapes) != len(strides) or len({len(level) for level in shapes}) != 1:
             raise ValueError(
                 f"anchor shapes {list(shapes)} do not fit the levels {list(strides)}; "
                 "give one list a level, each with the same number of (z, y, x) extents"
             )
+        if any(len(shape) != 3 or min(shape) <= 0 for level in shapes for shape in level):
+            raise ValueError(f"anchor shapes are {list(shapes)}; give three positive extents (z, y, x) each")
         self.num_anchors = len(shapes[0])
         self.strides = dict(strides)
-        # A buffer: trained weights know what their deltas refer to, whatever the config says by then. Even extents,
-        # since the generator rounds half extents.
-        even = torch.tensor([[[2 * round(v / 2) for v in shape] for shape in level] for level in shapes])
-        self.register_buffer("shapes", even.float())
+        half = torch.tensor(shapes, dtype=torch.float32) / 2
+        # The generator centres cell i at i * stride + stride // 2; RoIAlign's cells are at (i + 0.5) * stride.
+        shift = torch.tensor([[s / 2 - s // 2 for s in stride] for stride in strides.values()])[:, None]
+        # A buffer: trained weights know what their deltas refer to, whatever the config says by then.
+        self.register_buffer("cell_anchors", torch.cat([shift - half, shift + half], 2))
         self._generator = AnchorGeneratorWithAnchorShape(feature_map_scales=(1,), base_anchor_shapes=shapes[0])
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        return f"cell_anchors={self.cell_anchors.tolist()}, strides={self.strides}"
 
     def forward(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """{level: [N, C, D, H, W]} -> for each level, [D * H * W * num_anchors, 6] boxes in input voxels, float32."""
         sizes = [list(features[level].shape[2:]) for level in self.strides]
         device = next(iter(features.values())).device
         strides = [[torch.tensor(s, device=device) for s in stride] for stride in self.strides.values()]
-        self._generator.cell_anchors = [self._generator.generate_anchors_using_shape(level) for level in self.shapes]
+        self._generator.cell_anchors = list(self.cell_anchors)
         return self._generator.grid_anchors(sizes, strides)

@@ -36,6 +36,10 @@ class RoIPooler(nn.Module):
         self.sampling_ratio = sampling_ratio
         self.min_cells = min_cells
 
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        return f"{self.output_size}, strides={self.strides}, {self.sampling_ratio}, min_cells={self.min_cells}"
+
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Boxes [K, 6] -> index [K] of the level that each is pooled from."""
         extent = (boxes[:, 3:] - boxes[:, :3]).clamp(min=1e-3).log().mean(1)

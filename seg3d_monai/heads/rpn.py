@@ -49,6 +49,7 @@ def select_proposals(
     pre_nms_top_n: int,
     post_nms_top_n: int,
     nms_threshold: float,
+    min_objectness: float = 0.0,
     min_size: float = 1.0,
 ) -> list[Tensor]:
     """The best anchors of each level, decoded, clipped and freed of duplicates.
@@ -61,6 +62,7 @@ def select_proposals(
         pre_nms_top_n: anchors kept of each level and image before NMS.
         post_nms_top_n: proposals kept of each image after it.
         nms_threshold: IoU above which the proposal of lower objectness is dropped.
+        min_objectness: least objectness of a proposal, a probability.
         min_size: least extent of a proposal, voxels.
 
     Returns:
@@ -73,6 +75,7 @@ def select_proposals(
             top = logits[n].topk(min(pre_nms_top_n, logits.shape[1])).indices
             box = clip_boxes(decode_boxes(ANCHOR_CODER, level_deltas[n, top], level_anchors[top]), image_size)
             keep = non_empty(box, min_size)
+            keep = keep[logits[n, top[keep]].sigmoid() >= min_objectness]
             boxes.append(box[keep])
             scores.append(logits[n, top[keep]])
             groups.append(torch.full_like(keep, level))

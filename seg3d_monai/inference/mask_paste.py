@@ -17,6 +17,8 @@ def paste_mask(logits: Tensor, box: Tensor, threshold: float = 0.5) -> Tensor:
     Returns:
         bool over floor(lower corner) .. ceil(upper corner); voxels whose centre lies outside the box are False.
     """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
     lower, upper = box[:3].floor().long(), box[3:].ceil().long()
     axes = []
     inside = []
@@ -24,7 +26,7 @@ def paste_mask(logits: Tensor, box: Tensor, threshold: float = 0.5) -> Tensor:
         centre = torch.arange(int(lower[axis]), int(upper[axis]), device=box.device) + 0.5
         extent = (box[axis + 3] - box[axis]).clamp(min=1e-6)
         axes.append((centre - box[axis]) / extent * 2 - 1)
-        inside.append((centre >= box[axis]) & (centre <= box[axis + 3]))
+        inside.append((centre >= box[axis]) & (centre < box[axis + 3]))
     z, y, x = torch.meshgrid(*axes, indexing="ij")
     grid = torch.stack([x, y, z], -1)[None].to(logits.dtype)
     value = F.grid_sample(logits[None, None], grid, padding_mode="border", align_corners=False)[0, 0]

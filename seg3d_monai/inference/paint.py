@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from seg3d_monai.inference.blocks import BlockPlan, Roi, intersection, roi_shape, roi_slices
+from seg3d_monai.inference.blocks import BlockPlan, Roi, intersection, roi_slices
 from seg3d_monai.inference.stitch import (
     Census,
     InstanceSource,
@@ -58,7 +58,7 @@ class Stitched:
         """Object ids over a block's owned ROI, 0 = background."""
         return _paint(
             self.plan, self.source, self.census, self.guests, self.object_id, block=block, min_score=self.min_score
-        )
+        )[1]
 
 
 def stitch_blocks(
@@ -99,25 +99,25 @@ def _paint(
     *,
     block: int,
     min_score: float | None,
-) -> Ints:
-    """Values (0 = nothing) of the instances over a block's owned ROI; guests compete with the owner by score."""
+) -> tuple[Ints, Ints]:
+    """Values (0 = nothing) over a block's owned ROI: of its own instances, and of all after guests have competed."""
     roi = plan[block].owned
     first = census.first
     labels = label_map(source.instances(block, roi, min_score), roi)
-    lookup = np.concatenate([[0], value[first[block] : first[block + 1]]])
-    painted = lookup[labels]
+    own = np.concatenate([[0], value[first[block] : first[block + 1]]])[labels]
     visitors = [int(i) for i in guests.get(block, ()) if value[i] > 0]
     if not visitors:
-        return painted
+        return own, own
     score = np.concatenate([[-np.inf], census.score[first[block] : first[block + 1]]])[labels]
-    score[painted == 0] = -np.inf
+    score[own == 0] = -np.inf
+    painted = own.copy()
     view = _GuestViews(plan, source, census, block, min_score)
     for visitor in sorted(visitors, key=lambda i: (-census.score[i], i)):
         window, mask = view(visitor)
         wins = mask & (census.score[visitor] > score[window])
         painted[window][wins] = value[visitor]
         score[window][wins] = census.score[visitor]
-    return painted
+    return own, painted
 
 
 class _GuestViews:
@@ -153,80 +153,63 @@ def _remove_duplicates(
     """Drop the groups that lose more than half of their voxels to groups of other blocks (rule 6)."""
     count = len(census)
     group = group.copy()
-    alive = group >= 0
+    alive = np.flatnonzero(group >= 0)
     claimed = np.bincount(group[alive], weights=census.own[alive], minlength=count).astype(np.int64)
-    claimed_by_guest: dict[int, tuple[Ints, Ints]] = {}
-    for block, found in guests.items():
-        claimed_by_guest[block] = _guest_claims(plan, source, census, group, block, found, min_score)
-        np.add.at(claimed, *claimed_by_guest[block])
     score = np.full(count, -np.inf)
     np.maximum.at(score, group[alive], census.score[alive])
-    lost = {}  # block -> (groups, voxels they claim there and do not get)
-    stale = list(guests)
+    losses: dict[int, Ints] = {}  # block -> rows (group, group that hides it, voxels)
+    stale, first_round = list(guests), True
     while stale:
         for block in tqdm(stale, desc="settle", unit="block", disable=not progress):
-            lost[block] = _losses(plan, source, census, guests, group, claimed_by_guest[block], block, min_score)
-        total = np.zeros(count, dtype=np.int64)
-        for groups, voxels in lost.values():
-            np.add.at(total, groups, voxels)
-        failing = np.flatnonzero(2 * total > claimed)
-        where: dict[int, list[int]] = {int(g): [] for g in failing}
-        for block, (groups, _) in lost.items():
-            for g in groups[np.isin(groups, failing)]:
-                where[int(g)].append(block)
-        # What hides a group may yield itself: of groups that meet in a block one yields at a time, highest score first.
-        touched: set[int] = set()
-        for g in sorted(where, key=lambda g: (-score[g], g)):
-            if touched.isdisjoint(where[g]):
-                group[group == g] = -1
-                claimed[g] = 0
-            touched.update(where[g])
-        stale = sorted(touched)
+            claims, losses[block] = _contest(plan, source, census, guests, group, block, min_score)
+            if first_round:
+                np.add.at(claimed, claims[:, 0], claims[:, 1])
+        first_round = False
+        rows = np.concatenate(list(losses.values()))
+        total = np.bincount(rows[:, 0], weights=rows[:, 2], minlength=count)
+        failing = np.flatnonzero((2 * total > claimed) & (claimed > 0))
+        hidden_by: dict[int, set[int]] = {int(g): set() for g in failing}
+        for loser, hider, _ in rows[np.isin(rows[:, 0], failing)]:
+            hidden_by[int(loser)].add(int(hider))
+        # What hides a group may yield itself, then the group is visible again: so it waits for the next round.
+        yielding: set[int] = set()
+        waiting: set[int] = set()
+        for g in sorted(hidden_by, key=lambda g: (-score[g], g)):
+            (yielding if hidden_by[g].isdisjoint(yielding | waiting) else waiting).add(g)
+        gone = np.array(sorted(yielding), dtype=np.int64)
+        claimed[gone] = 0
+        stale = [b for b, rows in losses.items() if np.isin(rows[:, :2], gone).any()]
+        group[np.isin(group, gone)] = -1
     return group
 
 
-def _losses(
+def _contest(
     plan: BlockPlan,
     source: InstanceSource,
     census: Census,
     guests: dict[int, Ints],
     group: Ints,
-    claimed_by_guest: tuple[Ints, Ints],
     block: int,
     min_score: float | None,
 ) -> tuple[Ints, Ints]:
-    painted = _paint(plan, source, census, guests, group + 1, block=block, min_score=min_score)
-    groups, got = np.unique(painted, return_counts=True)
-    visible = dict(zip((groups - 1).tolist(), got.tolist(), strict=True))
-    own = np.arange(census.first[block], census.first[block + 1])
-    groups = np.concatenate([group[own], claimed_by_guest[0]])
-    claims = np.concatenate([census.own[own], claimed_by_guest[1]])
-    alive = (groups >= 0) & (group[groups] >= 0)
-    groups, claims = groups[alive], claims[alive]
-    losses = claims - np.array([visible.get(int(g), 0) for g in groups], dtype=np.int64)
-    return groups[losses > 0], losses[losses > 0]
-
-
-def _guest_claims(
-    plan: BlockPlan,
-    source: InstanceSource,
-    census: Census,
-    group: Ints,
-    block: int,
-    guests: Ints,
-    min_score: float | None,
-) -> tuple[Ints, Ints]:
-    """(groups, voxels that their guests cover in a block's owned ROI, each voxel once)."""
+    """One block's rows (group, voxels that its guests cover) and rows (group, group that hides it, voxels)."""
+    own, painted = _paint(plan, source, census, guests, group + 1, block=block, min_score=min_score)
+    hidden = (own > 0) & (own != painted)
+    pairs, counts = np.unique(np.stack([own[hidden], painted[hidden]], axis=1), axis=0, return_counts=True)
+    losses = [np.column_stack([pairs - 1, counts])]
+    claims: list[tuple[int, int]] = []
     view = _GuestViews(plan, source, census, block, min_score)
-    groups = np.unique(group[guests])
-    claims = np.zeros(len(groups), dtype=np.int64)
-    for index, name in enumerate(groups):
-        covered = np.zeros(roi_shape(plan[block].owned), dtype=np.bool_)
-        for guest in guests[group[guests] == name]:
+    present = guests[block][group[guests[block]] >= 0]
+    for name in np.unique(group[present]):
+        covered = np.zeros(own.shape, dtype=np.bool_)
+        for guest in present[group[present] == name]:
             window, mask = view(int(guest))
             covered[window] |= mask
-        claims[index] = np.count_nonzero(covered)
-    return groups, claims
+        hiders, counts = np.unique(painted[covered], return_counts=True)
+        claims.append((int(name), int(counts.sum())))
+        others = hiders != name + 1
+        losses.append(np.column_stack([np.full(others.sum(), name), hiders[others] - 1, counts[others]]))
+    return np.array(claims, dtype=np.int64).reshape(-1, 2), np.concatenate(losses)
 
 
 def _number_objects(census: Census, group: Ints) -> tuple[Ints, NDArray[np.float64], Ints]:

@@ -29,7 +29,7 @@ class InstancePredictor:
         intensity: the volume's intensity range; `for_volume` measures it.
 
     Raises:
-        ValueError: unknown `amp`.
+        ValueError: unknown `amp`, or a threshold out of its range.
     """
 
     def __init__(
@@ -44,6 +44,12 @@ class InstancePredictor:
         amp: str = "off",
         intensity: Intensity | None = None,
     ) -> None:
+        if not 0 < mask_threshold < 1:
+            raise ValueError(f"mask_threshold is {mask_threshold}; give a probability between 0 and 1")
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold is {score_threshold}; give a score in 0 to 1")
+        if min_voxels < 0:
+            raise ValueError(f"min_voxels is {min_voxels}; give 0 or more")
         self.network = network
         self.percentiles = (percentiles[0], percentiles[1])
         self.score_threshold = score_threshold
@@ -64,9 +70,10 @@ class InstancePredictor:
         digest = hashlib.sha256()
         for name, tensor in self.network.state_dict().items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return {
             "weights_sha256": digest.hexdigest(),
+            "network_sha256": hashlib.sha256(repr(self.network).encode()).hexdigest(),
             "intensity": None if self.intensity is None else self.intensity.to_json(),
             "score_threshold": self.score_threshold,
             "mask_threshold": self.mask_threshold,
@@ -90,9 +97,11 @@ class InstancePredictor:
         image = torch.from_numpy(self.intensity.normalise(np.asarray(block))).to(self.device)
         was_training = self.network.training
         network = self.network.to(self.device).eval()
-        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-            found = {key: value.cpu() for key, value in network(image[None])[0].items()}
-        network.train(was_training)
+        try:
+            with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+                found = {key: value.cpu() for key, value in network(image[None])[0].items()}
+        finally:
+            network.train(was_training)
         boxes, masks, kept = found["boxes"].float(), [], []
         for i in (found["scores"] >= self.score_threshold).nonzero().squeeze(1).tolist():
             mask = paste_mask(found["mask_logits"][i].float(), boxes[i], self.mask_threshold).numpy()

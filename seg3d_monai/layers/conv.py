@@ -20,6 +20,9 @@ class ConvNormAct(nn.Sequential):
         kernel_size: odd extent, one for all axes or (z, y, x).
         stride: stride, one for all axes or (z, y, x); the output size is ceil(size / stride).
         act: whether a ReLU follows.
+
+    Raises:
+        ValueError: an even kernel, or a kernel or stride that is not positive.
     """
 
     def __init__(
@@ -32,6 +35,8 @@ class ConvNormAct(nn.Sequential):
     ) -> None:
         kernel = check_axes("kernel_size", (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size)
         step = check_axes("stride", (stride,) * 3 if isinstance(stride, int) else stride)
+        if any(k % 2 == 0 for k in kernel):
+            raise ValueError(f"kernel_size is {kernel_size!r}; give odd extents, which keep the size at stride 1")
         padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         conv = nn.Conv3d(in_channels, out_channels, kernel, step, padding, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")

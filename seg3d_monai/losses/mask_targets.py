@@ -28,13 +28,12 @@ def mask_targets(label: Tensor, ids: Tensor, boxes: Tensor, size: Sequence[int])
             (lower[axis] + corner[axis]).clamp(max=label.shape[axis] - 1).view(_along(axis, len(boxes), size[axis]))
             for axis in range(3)
         )
-        factor = 1.0
-        for axis in range(3):
-            share = weight[axis] if corner[axis] else 1 - weight[axis]
-            factor = factor * share.view(_along(axis, len(boxes), size[axis]))
+        share = [weight[axis] if corner[axis] else 1 - weight[axis] for axis in range(3)]
+        dz, dy, dx = (share[axis].view(_along(axis, len(boxes), size[axis])) for axis in range(3))
+        factor = dz * dy * dx
         found = label[z, y, x]
         occupancy += factor * (found == ids[:, None, None, None])
-        valid &= found != -1
+        valid &= (found != -1) | (factor == 0)
     return occupancy, valid
 
 

@@ -29,12 +29,13 @@ def maskrcnn3d(
     num_roi_samples: int = 128,
     roi_foreground_fraction: float = 0.5,
     num_mask_samples: int = 32,
-    pre_nms_top_n: tuple[int, int] = (1000, 2000),
-    post_nms_top_n: tuple[int, int] = (500, 1000),
+    pre_nms_top_n: tuple[int, int] = (1000, 10000),
+    post_nms_top_n: tuple[int, int] = (500, 2000),
     proposal_nms_threshold: float = 0.6,
+    min_objectness: float = 0.02,
     score_threshold: float = 0.05,
     detection_nms_threshold: float = 0.4,
-    max_detections: int = 1000,
+    max_detections: int = 2000,
 ) -> MaskRCNN3d:
     """3D Mask R-CNN over any backbone.
 
@@ -55,31 +56,36 @@ def maskrcnn3d(
         sampling_ratio: RoIAlign samples a bin and axis.
         roi_foreground_iou: least IoU of a proposal with a true box that it is trained on.
         num_roi_samples, roi_foreground_fraction, num_mask_samples, pre_nms_top_n, post_nms_top_n,
-            proposal_nms_threshold, score_threshold, detection_nms_threshold, max_detections: see `MaskRCNN3d`.
+            proposal_nms_threshold, min_objectness, score_threshold, detection_nms_threshold,
+            max_detections: see `MaskRCNN3d`.
 
     Raises:
         ValueError: a level that does not exist, or anchor shapes that do not fit the levels.
     """
-    pyramid = FeaturePyramid(backbone=backbone, out_channels=fpn_channels, levels=fpn_levels)
-    strides = pyramid.strides
-
-    def choose(name: str, levels: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-        unknown = [level for level in levels if level not in strides]
-        if unknown:
-            raise ValueError(f"{name} {unknown} are not levels of the pyramid; choose from {list(strides)}")
-        return {level: strides[level] for level in levels}
-
-    levels = choose("anchor_levels", anchor_levels or list(strides)[: len(anchor_shapes)])
-    anchors = AnchorGrid(shapes=anchor_shapes, strides=levels)
+    bottom_up = fpn_levels or list(backbone.channels)  # type: ignore[arg-type]
+    names = ["p" + level[1:] for level in bottom_up]
+    read_for_boxes = list(anchor_levels or names[: len(anchor_shapes)])
+    read_for_masks = list(mask_levels or read_for_boxes)
+    for argument, levels in (("anchor_levels", read_for_boxes), ("mask_levels", read_for_masks)):
+        if unknown := [level for level in levels if level not in names]:
+            raise ValueError(f"{argument} {unknown} are not levels of the pyramid; choose from {names}")
+    pyramid = FeaturePyramid(
+        backbone=backbone,
+        out_channels=fpn_channels,
+        levels=fpn_levels,
+        out_levels=sorted({*read_for_boxes, *read_for_masks}),
+    )
+    strides = {level: pyramid.strides[level] for level in read_for_boxes}
+    anchors = AnchorGrid(shapes=anchor_shapes, strides=strides)
     return MaskRCNN3d(
         backbone=pyramid,
         anchors=anchors,
-        rpn=RPNHead(in_channels=fpn_channels, num_anchors=anchors.num_anchors, levels=list(levels)),
-        box_pooler=RoIPooler(output_size=box_roi_size, strides=levels, sampling_ratio=sampling_ratio),
+        rpn=RPNHead(in_channels=fpn_channels, num_anchors=anchors.num_anchors, levels=read_for_boxes),
+        box_pooler=RoIPooler(output_size=box_roi_size, strides=strides, sampling_ratio=sampling_ratio),
         box_head=BoxHead(in_channels=fpn_channels, roi_size=box_roi_size, num_classes=num_classes, hidden=box_hidden),
         mask_pooler=RoIPooler(
             output_size=mask_roi_size,
-            strides=choose("mask_levels", mask_levels) if mask_levels else levels,
+            strides={level: pyramid.strides[level] for level in read_for_masks},
             sampling_ratio=sampling_ratio,
         ),
         mask_head=MaskHead(
@@ -92,6 +98,7 @@ def maskrcnn3d(
         pre_nms_top_n=pre_nms_top_n,
         post_nms_top_n=post_nms_top_n,
         proposal_nms_threshold=proposal_nms_threshold,
+        min_objectness=min_objectness,
         score_threshold=score_threshold,
         detection_nms_threshold=detection_nms_threshold,
         max_detections=max_detections,

@@ -35,9 +35,10 @@ class MaskRCNN3d(nn.Module):
         pre_nms_top_n: anchors kept of each level and image before NMS, (training, evaluation).
         post_nms_top_n: proposals kept of each image, (training, evaluation).
         proposal_nms_threshold: IoU of duplicates among proposals.
+        min_objectness: least objectness of a proposal in evaluation, a probability.
         score_threshold: least score of a detection.
         detection_nms_threshold: IoU of duplicates among detections.
-        max_detections: detections kept of each image; a warning says so when it is reached.
+        max_detections: detections kept of each image; a warning says when it or `post_nms_top_n` is reached.
     """
 
     def __init__(
@@ -54,12 +55,13 @@ class MaskRCNN3d(nn.Module):
         num_roi_samples: int = 128,
         roi_foreground_fraction: float = 0.5,
         num_mask_samples: int = 32,
-        pre_nms_top_n: tuple[int, int] = (1000, 2000),
-        post_nms_top_n: tuple[int, int] = (500, 1000),
+        pre_nms_top_n: tuple[int, int] = (1000, 10000),
+        post_nms_top_n: tuple[int, int] = (500, 2000),
         proposal_nms_threshold: float = 0.6,
+        min_objectness: float = 0.02,
         score_threshold: float = 0.05,
         detection_nms_threshold: float = 0.4,
-        max_detections: int = 1000,
+        max_detections: int = 2000,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -73,12 +75,19 @@ class MaskRCNN3d(nn.Module):
         self.num_roi_samples = num_roi_samples
         self.roi_foreground_fraction = roi_foreground_fraction
         self.num_mask_samples = num_mask_samples
-        self.pre_nms_top_n = pre_nms_top_n
-        self.post_nms_top_n = post_nms_top_n
+        self.pre_nms_top_n = (pre_nms_top_n[0], pre_nms_top_n[1])
+        self.post_nms_top_n = (post_nms_top_n[0], post_nms_top_n[1])
         self.proposal_nms_threshold = proposal_nms_threshold
+        self.min_objectness = min_objectness
         self.score_threshold = score_threshold
         self.detection_nms_threshold = detection_nms_threshold
         self.max_detections = max_detections
+
+    def extra_repr(self) -> str:
+        """The settings of detection, for `repr`: no weight tells them."""
+        names = "pre_nms_top_n post_nms_top_n proposal_nms_threshold min_objectness score_threshold"
+        names += " detection_nms_threshold max_detections"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
 
     def forward(
         self, images: Tensor, targets: Sequence[Target] | None = None
@@ -110,6 +119,7 @@ class MaskRCNN3d(nn.Module):
             pre_nms_top_n=self.pre_nms_top_n[not self.training],
             post_nms_top_n=self.post_nms_top_n[not self.training],
             nms_threshold=self.proposal_nms_threshold,
+            min_objectness=0.0 if self.training else self.min_objectness,
         )
         if not self.training:
             return self._detect(features, proposals, size)
@@ -167,8 +177,14 @@ class MaskRCNN3d(nn.Module):
                 nms_threshold=self.detection_nms_threshold,
                 max_detections=self.max_detections,
             )
-            if len(found["boxes"]) == self.max_detections:
-                logger.warning("an image has max_detections = %d detections; objects may be lost", self.max_detections)
+            for name, number, most in (
+                ("post_nms_top_n", len(boxes), self.post_nms_top_n[1]),
+                ("max_detections", len(found["boxes"]), self.max_detections),
+            ):
+                if number >= most:
+                    logger.warning(
+                        "%s = %d is reached; objects may be lost: raise it or use smaller blocks", name, most
+                    )
             found["mask_logits"] = self._masks(features, found["boxes"], found["classes"], n)
             detections.append(found)
         return detections

@@ -7,10 +7,9 @@ from skimage.measure import regionprops
 
 from seg3d_monai.inference.table import ObjectCounter, write_table
 
-COLUMNS = (
-    "id score class z1 y1 x1 z2 y2 x2 centroid_z centroid_y centroid_x centroid_z_um centroid_y_um centroid_x_um "
-    "volume_voxels volume_um3 touches_border"
-).split()
+COLUMNS = ["id", "score", "class", *(f"{a}1" for a in "zyx"), *(f"{a}2" for a in "zyx")]
+COLUMNS += [*(f"centroid_{a}" for a in "zyx"), *(f"centroid_{a}_um" for a in "zyx")]
+COLUMNS += ["volume_voxels", "volume_um3", "touches_border"]
 
 
 def test_by_hand():

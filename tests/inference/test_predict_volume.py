@@ -12,6 +12,7 @@ from inference_toys import Logging, Perfect, blank, same_partition, tissue_seeds
 
 from seg3d_monai.data.volume import ArrayVolume, open_volume
 from seg3d_monai.inference import Instances, predict_labels, predict_volume
+from seg3d_monai.inference.paint import Stitched
 
 SHAPE = (14, 40, 36)
 TRUTH = voronoi(tissue_seeds(SHAPE, (7, 14, 12), seed=2), (0, 0, 0, *SHAPE))
@@ -23,10 +24,9 @@ def labels_of(output):
     return volume.read((0, 0, 0, *volume.shape[1:]))[0]
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_the_whole_way(tmp_path, num_workers):
+def test_the_whole_way(tmp_path):
     output = tmp_path / "x.zarr"
-    done = predict_volume(blank(SHAPE), Perfect(TRUTH), output, num_workers=num_workers, **GRID)
+    done = predict_volume(blank(SHAPE), Perfect(TRUTH), output, **GRID)
     assert (done.num_blocks, done.num_predicted, done.num_objects) == (3 * 3 * 2, 18, TRUTH.max())
     assert not done.already_finished
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.instances.parquet", "x.journal.sqlite", "x.zarr"]
@@ -43,7 +43,7 @@ def test_the_whole_way(tmp_path, num_workers):
 def test_workers_and_place_leave_no_trace(tmp_path):
     (tmp_path / "other").mkdir()
     first = predict_volume(blank(SHAPE), Perfect(TRUTH), tmp_path / "x.zarr", **GRID)
-    second = predict_volume(blank(SHAPE), Perfect(TRUTH), tmp_path / "other" / "y.zarr", num_workers=3, **GRID)
+    second = predict_volume(blank(SHAPE), Perfect(TRUTH), tmp_path / "other" / "y.zarr", num_workers=2, **GRID)
     assert tree_digest(first.output) == tree_digest(second.output)
     assert first.table.read_bytes() == second.table.read_bytes()
 
@@ -174,10 +174,10 @@ def test_for_volume_is_called_once(tmp_path):
     assert calls == [(1, *SHAPE)] * 2
 
 
-def test_too_many_objects_for_uint16(tmp_path):
-    truth = np.arange(1, 65536).reshape(17, 257, 15)
+def test_too_many_objects_for_uint16(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stitched, "num_objects", 65535)
     with pytest.raises(ValueError, match=r"65535 objects do not fit dtype uint16 \(65534 ids\)"):
-        predict_volume(blank(truth.shape), Perfect(truth), tmp_path / "x.zarr", dtype="uint16", progress=False)
+        predict_volume(blank(SHAPE), Perfect(TRUTH), tmp_path / "x.zarr", dtype="uint16", **GRID)
     assert [p.name for p in tmp_path.iterdir()] == ["x.journal.sqlite"]
 
 
@@ -232,7 +232,7 @@ def test_a_corrupt_chunk_is_named(tmp_path):
     good = chunk.read_bytes()
     chunk.write_bytes(b"garbage")
     arguments = {"spacing": (1, 1, 1), **GRID}
-    with pytest.raises(ValueError, match="in.zarr"):
+    with pytest.raises(ValueError, match=r"in\.zarr"):
         predict_volume(tmp_path / "in.zarr", Perfect(TRUTH), tmp_path / "x.zarr", **arguments)
     assert not (tmp_path / "x.zarr").exists()
     chunk.write_bytes(good)
@@ -254,7 +254,6 @@ class Broken:
         return {"boxes": []} if self.kind == "type" else 1 / 0
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
@@ -263,9 +262,9 @@ class Broken:
         ("crash", ZeroDivisionError, "division by zero"),
     ],
 )
-def test_wrong_predictions_name_the_block(tmp_path, kind, error, message, num_workers):
+def test_wrong_predictions_name_the_block(tmp_path, kind, error, message):
     with pytest.raises(error, match=message) as caught:
-        predict_volume(blank(SHAPE), Broken(kind), tmp_path / "x.zarr", num_workers=num_workers, **GRID)
+        predict_volume(blank(SHAPE), Broken(kind), tmp_path / "x.zarr", **GRID)
     if kind == "crash":
         assert "while predicting block" in caught.value.__notes__[0]
     assert [p.name for p in tmp_path.iterdir()] == ["x.journal.sqlite"]
