@@ -178,7 +178,7 @@ def _write_index(
             connection.execute("INSERT INTO meta VALUES ('config', ?)", (json.dumps(config),))
             with tqdm(total=len(rows), desc="index", unit="volume", disable=not progress) as bar:
                 for volume_id, (row, (image, label)) in enumerate(zip(rows, volumes, strict=True), start=1):
-                    bar.set_postfix_str(row.name)
+                    bar.set_postfix_str(row.name, refresh=False)
                     _write_volume(connection, volume_id, row, image, label, config)
                     bar.update()
             connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")

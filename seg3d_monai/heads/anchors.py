@@ -52,5 +52,5 @@ class AnchorGrid(nn.Module):
         sizes = [list(features[level].shape[2:]) for level in self.strides]
         device = next(iter(features.values())).device
         strides = [[torch.tensor(s, device=device) for s in stride] for stride in self.strides.values()]
-        self._generator.cell_anchors = list(self.cell_anchors)
+        self._generator.cell_anchors = list(self.cell_anchors.float())  # a network in half precision casts its buffers
         return self._generator.grid_anchors(sizes, strides)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from seg3d_monai.ops import nms3d
-from seg3d_monai.ops.boxes import ROI_CODER, clip_boxes, decode_boxes, non_empty
+from seg3d_monai.ops.boxes import ROI_WEIGHTS, clip_boxes, decode_boxes, non_empty
 
 
 class BoxHead(nn.Module):
@@ -71,7 +71,7 @@ def select_detections(
         {"boxes": [M, 6], "scores": [M], "classes": [M]} by descending score.
     """
     prob = class_logits.softmax(1)[:, :-1]
-    boxes = clip_boxes(decode_boxes(ROI_CODER, deltas, proposals), image_size)
+    boxes = clip_boxes(decode_boxes(deltas, proposals, ROI_WEIGHTS), image_size)
     score, label = prob.max(1)
     keep = non_empty(boxes, 1.0)
     keep = keep[score[keep] >= score_threshold]

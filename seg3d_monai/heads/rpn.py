@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from seg3d_monai.layers import ConvNormAct
 from seg3d_monai.ops import batched_nms3d
-from seg3d_monai.ops.boxes import ANCHOR_CODER, clip_boxes, decode_boxes, non_empty
+from seg3d_monai.ops.boxes import ANCHOR_WEIGHTS, clip_boxes, decode_boxes, non_empty
 
 
 class RPNHead(nn.Module):
@@ -73,7 +73,7 @@ def select_proposals(
         boxes, scores, groups = [], [], []
         for level, (logits, level_deltas, level_anchors) in enumerate(zip(objectness, deltas, anchors, strict=True)):
             top = logits[n].topk(min(pre_nms_top_n, logits.shape[1])).indices
-            box = clip_boxes(decode_boxes(ANCHOR_CODER, level_deltas[n, top], level_anchors[top]), image_size)
+            box = clip_boxes(decode_boxes(level_deltas[n, top], level_anchors[top], ANCHOR_WEIGHTS), image_size)
             keep = non_empty(box, min_size)
             keep = keep[logits[n, top[keep]].sigmoid() >= min_objectness]
             boxes.append(box[keep])

@@ -2,5 +2,6 @@
 
 from seg3d_monai.inference.instances import Instances
 from seg3d_monai.inference.predict import Prediction, predict_labels, predict_volume
+from seg3d_monai.inference.predictor import InstancePredictor
 
-__all__ = ["Instances", "Prediction", "predict_labels", "predict_volume"]
+__all__ = ["InstancePredictor", "Instances", "Prediction", "predict_labels", "predict_volume"]

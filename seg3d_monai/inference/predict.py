@@ -68,6 +68,14 @@ class Prediction:
     num_objects: int | None
     already_finished: bool
 
+    def __str__(self) -> str:
+        if self.num_objects is None:
+            return f"dry run: {self.num_blocks} blocks, nothing written"
+        done = f"{self.num_objects} objects in {self.output}, table {self.table}"
+        if self.already_finished:
+            return f"already finished, nothing to do: {done}"
+        return f"{done}; {self.num_predicted} of {self.num_blocks} blocks predicted now"
+
 
 def predict_volume(
     image: Any,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seg3d_monai.losses.mask_targets import mask_targets
 from seg3d_monai.matching import IoUMatcher, sample_balanced
-from seg3d_monai.ops.boxes import ANCHOR_CODER, ROI_CODER, encode_boxes
+from seg3d_monai.ops.boxes import ANCHOR_WEIGHTS, ROI_WEIGHTS, encode_boxes
 
 LOSSES = ("objectness", "anchor_box", "class", "roi_box", "mask_bce", "mask_dice")
 
@@ -72,7 +72,7 @@ class MaskRCNNCriterion:
             logits.append(outputs["objectness"][n, rows])
             labels.append((matched[rows] >= 0).float())
             deltas.append(outputs["anchor_deltas"][n, foreground])
-            wanted.append(encode_boxes(ANCHOR_CODER, target["boxes"][matched[foreground]], anchors[foreground]))
+            wanted.append(encode_boxes(target["boxes"][matched[foreground]], anchors[foreground], ANCHOR_WEIGHTS))
         logit, count = torch.cat(logits), max(1, sum(len(v) for v in logits))
         box = F.smooth_l1_loss(torch.cat(deltas), torch.cat(wanted), beta=1 / 9, reduction="sum")
         return {
@@ -87,7 +87,7 @@ class MaskRCNNCriterion:
         classes = torch.full_like(matched, logits.shape[1] - 1)
         classes[foreground] = _lookup(targets, "classes", batch, index)
         boxes = _lookup(targets, "boxes", batch, index)
-        wanted = encode_boxes(ROI_CODER, boxes, outputs["rois"][foreground])
+        wanted = encode_boxes(boxes, outputs["rois"][foreground], ROI_WEIGHTS)
         count = max(1, len(matched))
         box = F.smooth_l1_loss(outputs["roi_deltas"][foreground], wanted, reduction="sum")
         return {"class": F.cross_entropy(logits, classes, reduction="sum") / count, "roi_box": box / count}

@@ -32,7 +32,7 @@ class IoUMatcher:
         foreground_iou: float,
         background_iou: float,
         match_best: bool,
-        chunk_size: int = 2**22,
+        chunk_size: int = 2**18,
     ) -> None:
         if not 0 <= background_iou <= foreground_iou <= 1:
             raise ValueError(
@@ -71,18 +71,31 @@ class IoUMatcher:
         best_iou, best = [], []
         truth_best = truth.new_zeros(len(truth))
         for chunk in boxes.split(rows):
-            iou = pairwise_iou(chunk, truth)
+            near = _within_reach(chunk, truth)
+            iou = pairwise_iou(chunk, truth[near])
             value, index = iou.max(1)
             best_iou.append(value)
-            best.append(index)
-            truth_best = torch.maximum(truth_best, iou.amax(0))
+            best.append(near[index])
+            truth_best[near] = torch.maximum(truth_best[near], iou.amax(0))
         iou, matched = torch.cat(best_iou), torch.cat(best)
         matched[iou < self.foreground_iou] = IGNORED
         matched[iou < self.background_iou] = BACKGROUND
         if self.match_best:
             candidates = ((iou > 0) & (iou >= truth_best.min())).nonzero().squeeze(1)
-            for chunk_index in candidates.split(rows):
-                is_best = (pairwise_iou(boxes[chunk_index], truth) == truth_best) & (truth_best > 0)
+            for chunk_index in candidates.split(rows) if len(candidates) else ():
+                chunk = boxes[chunk_index]
+                near = _within_reach(chunk, truth)
+                is_best = (pairwise_iou(chunk, truth[near]) == truth_best[near]) & (truth_best[near] > 0)
                 hit = is_best.any(1)
-                matched[chunk_index[hit]] = is_best[hit].int().argmax(1)
+                matched[chunk_index[hit]] = near[is_best[hit].int().argmax(1)]
         return matched
+
+
+def _within_reach(chunk: Tensor, truth: Tensor) -> Tensor:
+    """Indices of the true boxes that touch the hull of a chunk, at least one.
+
+    Neighbouring anchors stand in neighbouring rows, so most true boxes are out of reach of a whole chunk.
+    """
+    overlaps = (truth[:, :3] < chunk[:, 3:].amax(0)) & (truth[:, 3:] > chunk[:, :3].amin(0))
+    near = overlaps.all(1).nonzero().squeeze(1)
+    return near if len(near) else near.new_zeros(1)

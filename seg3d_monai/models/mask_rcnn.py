@@ -82,6 +82,7 @@ class MaskRCNN3d(nn.Module):
         self.score_threshold = score_threshold
         self.detection_nms_threshold = detection_nms_threshold
         self.max_detections = max_detections
+        self._warned: set[str] = set()
 
     def extra_repr(self) -> str:
         """The settings of detection, for `repr`: no weight tells them."""
@@ -161,42 +162,45 @@ class MaskRCNN3d(nn.Module):
     def _detect(
         self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], size: Sequence[int]
     ) -> list[dict[str, Tensor]]:
-        counts = [len(p) for p in proposals]
-        batch = _batch_index(proposals)
-        class_logits, deltas = self.box_head(self.box_pooler(features, torch.cat(list(proposals)), batch))
         detections = []
-        for n, (logits, delta, boxes) in enumerate(
-            zip(class_logits.split(counts), deltas.split(counts), proposals, strict=True)
-        ):
+        for n, boxes in enumerate(proposals):
+            logits, deltas = self._classify(features, boxes, n)
             found = select_detections(
                 logits,
-                delta,
+                deltas,
                 boxes,
                 size,
                 score_threshold=self.score_threshold,
                 nms_threshold=self.detection_nms_threshold,
                 max_detections=self.max_detections,
             )
-            for name, number, most in (
-                ("post_nms_top_n", len(boxes), self.post_nms_top_n[1]),
-                ("max_detections", len(found["boxes"]), self.max_detections),
-            ):
-                if number >= most:
-                    logger.warning(
-                        "%s = %d is reached; objects may be lost: raise it or use smaller blocks", name, most
-                    )
+            self._warn_once("post_nms_top_n", len(boxes), self.post_nms_top_n[1])
+            self._warn_once("max_detections", len(found["boxes"]), self.max_detections)
             found["mask_logits"] = self._masks(features, found["boxes"], found["classes"], n)
             detections.append(found)
         return detections
 
+    def _classify(self, features: Mapping[str, Tensor], boxes: Tensor, image: int) -> tuple[Tensor, Tensor]:
+        """Class logits [P, K + 1] and deltas [P, 6] of one image's proposals, some boxes at a time as in `_masks`."""
+        parts = [
+            self.box_head(self.box_pooler(features, part, torch.full_like(part[:, 0], image, dtype=torch.int64)))
+            for part in boxes.split(256)
+        ]
+        return torch.cat([logits for logits, _ in parts]), torch.cat([deltas for _, deltas in parts])
+
     def _masks(self, features: Mapping[str, Tensor], boxes: Tensor, classes: Tensor, image: int) -> Tensor:
         """Mask logits [M, d, h, w] of the detected class, some boxes at a time: memory does not grow with M."""
         masks = []
-        for rows in torch.arange(len(boxes), device=boxes.device).split(64) or [classes[:0]]:
-            index = torch.full((len(rows),), image, dtype=torch.int64, device=boxes.device)
-            logits = self.mask_head(self.mask_pooler(features, boxes[rows], index))
-            masks.append(logits[torch.arange(len(rows), device=boxes.device), classes[rows]])
+        for part, label in zip(boxes.split(64), classes.split(64), strict=True):
+            index = torch.full_like(label, image)
+            logits = self.mask_head(self.mask_pooler(features, part, index))
+            masks.append(logits[torch.arange(len(label), device=label.device), label])
         return torch.cat(masks)
+
+    def _warn_once(self, name: str, number: int, most: int) -> None:
+        if number >= most and name not in self._warned:
+            self._warned.add(name)
+            logger.warning("%s = %d is reached; objects may be lost: raise it or use smaller blocks", name, most)
 
 
 def _batch_index(boxes: Sequence[Tensor]) -> Tensor:

@@ -1,25 +1,38 @@
 """Box arithmetic shared by heads, matching and losses. Boxes are (z1, y1, x1, z2, y2, x2), half-open, float32."""
 
+import math
 from collections.abc import Sequence
 
 import torch
-from monai.apps.detection.utils.box_coder import BoxCoder
 from torch import Tensor
 
-ANCHOR_CODER = BoxCoder(weights=(1.0,) * 6)
-"""Anchor -> proposal: centre shift in anchor extents, log of the extents' ratio (Ren et al. 2015)."""
-ROI_CODER = BoxCoder(weights=(10.0, 10.0, 10.0, 5.0, 5.0, 5.0))
-"""Proposal -> detection, with the weights that Fast R-CNN's code uses to balance box and class loss."""
+ANCHOR_WEIGHTS = (1.0,) * 6
+"""Weights of the deltas anchor -> proposal: centre shift in anchor extents, log of the extents' ratio."""
+ROI_WEIGHTS = (10.0, 10.0, 10.0, 5.0, 5.0, 5.0)
+"""Weights of the deltas proposal -> detection, which balance box and class loss (Girshick 2015)."""
+MAX_LOG_RATIO = math.log(1000 / 16)
 
 
-def encode_boxes(coder: BoxCoder, truth: Tensor, boxes: Tensor) -> Tensor:
-    """Deltas [M, 6] that move boxes [M, 6] onto truth [M, 6], float32."""
-    return coder.encode_single(truth.float(), boxes.float()) if len(boxes) else boxes.new_zeros((0, 6))
+def encode_boxes(truth: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
+    """Deltas [M, 6] that move boxes [M, 6] onto truth [M, 6] (Ren et al. 2015, eq. 2), float32.
+
+    MONAI's BoxCoder does the same sum, but raises inside the forward pass where a network diverges, and synchronises
+    the device for that check once an axis.
+    """
+    truth, boxes = truth.float(), boxes.float()
+    extent, wanted = boxes[:, 3:] - boxes[:, :3], truth[:, 3:] - truth[:, :3]
+    shift = (truth[:, :3] + truth[:, 3:] - boxes[:, :3] - boxes[:, 3:]) / 2 / extent
+    return torch.cat([shift, (wanted / extent).log()], 1) * shift.new_tensor(weights)
 
 
-def decode_boxes(coder: BoxCoder, deltas: Tensor, boxes: Tensor) -> Tensor:
-    """Boxes [M, 6] moved by deltas [M, 6], float32."""
-    return coder.decode_single(deltas.float(), boxes.float())
+def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
+    """Boxes [M, 6] moved by deltas [M, 6], float32; growth is limited to a factor of 62.5 a step."""
+    boxes = boxes.float()
+    deltas = deltas.float() / boxes.new_tensor(weights)
+    extent = boxes[:, 3:] - boxes[:, :3]
+    centre = (boxes[:, 3:] + boxes[:, :3]) / 2 + deltas[:, :3] * extent
+    half = deltas[:, 3:].clamp(max=MAX_LOG_RATIO).exp() * extent / 2
+    return torch.cat([centre - half, centre + half], 1)
 
 
 def clip_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:

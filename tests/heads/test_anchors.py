@@ -65,6 +65,13 @@ def test_half_precision_features_still_give_float32_anchors():
     assert grid({"p1": torch.zeros(1, 1, 1, 1, 300, dtype=torch.bfloat16)})[0][-1].tolist()[2::3] == [1195.0, 1201.0]
 
 
+def test_a_network_in_half_precision_keeps_its_anchors_in_float32():
+    grid = AnchorGrid(shapes=[[(2, 4, 6)]], strides={"p1": (1, 2, 4)}).bfloat16()
+    (anchors,) = grid({"p1": torch.zeros(1, 1, 1, 1, 300, dtype=torch.bfloat16)})
+    assert anchors.dtype == torch.float32
+    assert anchors[-1].tolist() == [-0.5, -1, 1195, 1.5, 3, 1201]
+
+
 @pytest.mark.parametrize(
     "shapes", [[[(2, 2, 2)]], [[(2, 2, 2)], [(2, 2, 2), (4, 4, 4)]], [[(2, 2, 2)], [(0, 2, 2)]], [[(2, 2)], [(2, 2)]]]
 )

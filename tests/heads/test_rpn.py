@@ -95,6 +95,8 @@ def test_proposals_are_clipped_thinned_and_ordered_by_objectness():
     assert propose(scores) == [CLIPPED[i] for i in (1, 3, 2, 4)]
     assert propose(scores, nms_threshold=0.9) == [CLIPPED[i] for i in (1, 3, 2, 4, 0)]
     assert propose(scores, min_size=3.0) == [CLIPPED[i] for i in (1, 2)]
+    assert propose(scores, min_objectness=0.571) == [CLIPPED[i] for i in (1, 3, 2)]  # sigmoid(0.3) = 0.574
+    assert propose(scores, min_objectness=0.99) == []
     assert propose(scores, post_nms_top_n=2) == [CLIPPED[i] for i in (1, 3)]
 
 

@@ -105,6 +105,35 @@ def test_autocast_keeps_boxes_logits_and_losses_in_float32(make_detector, make_t
     assert all(torch.isfinite(p.grad).all() for p in network.parameters())
 
 
+def test_a_network_in_half_precision_keeps_boxes_logits_and_losses_in_float32(make_detector, make_target):
+    network = make_detector().bfloat16()
+    image = torch.randn(1, 1, *SIZE).bfloat16()
+    outputs, losses = step(network, image, [make_target(SIZE, CROWD)])
+    found = network.eval()(image)[0]
+    values = [v for v in [*outputs.values(), *losses.values(), *found.values()] if v.is_floating_point()]
+    assert {v.dtype for v in values} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_nms_top_n": (100, 150)},
+        {"post_nms_top_n": (50, 60)},
+        {"proposal_nms_threshold": 0.5},
+        {"score_threshold": 0.1},
+        {"detection_nms_threshold": 0.3},
+        {"max_detections": 30},
+        {"anchor_shapes": [[(4, 6, 6), (6, 8, 8)], [(8, 12, 12), (10, 16, 18)]]},
+        {"box_roi_size": (3, 3, 3), "sampling_ratio": 1},
+    ],
+)
+def test_repr_tells_every_setting_that_changes_detections(make_detector, changes):
+    assert repr(make_detector(**changes)) != repr(make_detector())
+    assert repr(make_detector(seed=1)) == repr(make_detector())
+
+
 def test_training_without_targets_is_refused(make_detector):
     with pytest.raises(ValueError, match="targets is None"):
         make_detector().train()(torch.randn(1, 1, *SIZE))

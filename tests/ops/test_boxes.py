@@ -4,10 +4,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+from monai.apps.detection.utils.box_coder import BoxCoder
 
 from seg3d_monai.ops.boxes import (
-    ANCHOR_CODER,
-    ROI_CODER,
+    ANCHOR_WEIGHTS,
+    ROI_WEIGHTS,
     clip_boxes,
     decode_boxes,
     encode_boxes,
@@ -71,31 +72,47 @@ def test_non_empty_looks_at_every_axis():
     assert non_empty(boxes[:0], 2.0).shape == (0,)
 
 
-@pytest.mark.parametrize(("coder", "centre", "extent"), [(ANCHOR_CODER, 1.0, 1.0), (ROI_CODER, 10.0, 5.0)])
-def test_encoding_by_hand(coder, centre, extent):
+@pytest.mark.parametrize(("weights", "centre", "extent"), [(ANCHOR_WEIGHTS, 1.0, 1.0), (ROI_WEIGHTS, 10.0, 5.0)])
+def test_encoding_by_hand(weights, centre, extent):
     boxes = torch.tensor([[0.0, 0, 0, 2, 4, 8]])
     truth = torch.tensor([[1.0, 0, 4, 3, 8, 12]])  # centres move by 1, 2, 4 = half an extent; extents 1x, 2x, 1x
     wanted = torch.tensor([[0.5, 0.5, 0.5, 0, 0, 0]]) * centre
     wanted[0, 4] = extent * torch.tensor(2.0).log()
-    torch.testing.assert_close(encode_boxes(coder, truth, boxes), wanted)
+    torch.testing.assert_close(encode_boxes(truth, boxes, weights), wanted)
 
 
-@pytest.mark.parametrize("coder", [ANCHOR_CODER, ROI_CODER])
-def test_decoding_undoes_encoding(coder):
+@pytest.mark.parametrize("weights", [ANCHOR_WEIGHTS, ROI_WEIGHTS])
+def test_decoding_undoes_encoding(weights):
     boxes, truth = (random_boxes(50, seed=s) + torch.tensor([0.0, 0, 0, 1, 1.5, 2]) for s in (2, 3))
-    deltas = encode_boxes(coder, truth, boxes)
-    torch.testing.assert_close(decode_boxes(coder, deltas, boxes), truth, atol=1e-4, rtol=1e-5)
+    deltas = encode_boxes(truth, boxes, weights)
+    torch.testing.assert_close(decode_boxes(deltas, boxes, weights), truth, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("coder", [ANCHOR_CODER, ROI_CODER])
-def test_coding_of_nothing_is_empty(coder):
+@pytest.mark.parametrize("weights", [ANCHOR_WEIGHTS, ROI_WEIGHTS])
+def test_coding_of_nothing_is_empty(weights):
     none = torch.zeros((0, 6))
-    assert encode_boxes(coder, none, none).shape == (0, 6)
-    assert decode_boxes(coder, none, none).shape == (0, 6)
+    assert encode_boxes(none, none, weights).shape == (0, 6)
+    assert decode_boxes(none, none, weights).shape == (0, 6)
 
 
 def test_half_precision_deltas_do_not_lower_the_precision_of_boxes():
     boxes = torch.tensor([[500.25, 511.5, 1023.125, 510.75, 530.5, 1040.0]])
-    decoded = decode_boxes(ANCHOR_CODER, torch.zeros(1, 6, dtype=torch.bfloat16), boxes)
+    decoded = decode_boxes(torch.zeros(1, 6, dtype=torch.bfloat16), boxes, ANCHOR_WEIGHTS)
     assert decoded.dtype == torch.float32
     torch.testing.assert_close(decoded, boxes)
+
+
+@pytest.mark.parametrize("weights", [ANCHOR_WEIGHTS, ROI_WEIGHTS])
+def test_coding_agrees_with_monai(weights):
+    coder = BoxCoder(weights=weights)
+    boxes, truth = (random_boxes(40, seed=s) + torch.tensor([0.0, 0, 0, 1, 1.5, 2]) for s in (4, 5))
+    deltas = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * 8
+    torch.testing.assert_close(encode_boxes(truth, boxes, weights), coder.encode_single(truth, boxes))
+    torch.testing.assert_close(decode_boxes(deltas, boxes, weights), coder.decode_single(deltas, boxes))
+
+
+def test_deltas_of_a_diverged_network_give_boxes_that_are_not_finite_rather_than_an_error():
+    deltas = torch.full((1, 6), float("nan"))
+    decoded = decode_boxes(deltas, torch.tensor([[0.0, 0, 0, 2, 4, 8]]), ANCHOR_WEIGHTS)
+    assert decoded.isnan().all()
+    assert len(non_empty(decoded, 1.0)) == 0
