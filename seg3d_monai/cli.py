@@ -18,9 +18,7 @@ from typing import Any
 from seg3d_monai import __version__
 from seg3d_monai.cli_arguments import UsageError, bind, help_text, nearest
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
-
-# What a user's mistake raises anywhere in the package; ImportError is a missing extra, which names itself.
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+from seg3d_monai.user_errors import one_line, user_error, wants_traceback
 
 
 def doctor() -> None:
@@ -255,40 +253,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         mistake = user_error(error)
-        if mistake is None or os.environ.get("SEG3D_TRACEBACK", "") not in ("", "0"):
+        if mistake is None or wants_traceback():
             raise
         print(f"seg3d: error: {one_line(mistake)}", file=sys.stderr)
         return 2
-
-
-def user_error(error: BaseException) -> BaseException | None:
-    """The user's mistake in a chain of exceptions, or None for a defect of the package.
-
-    MONAI wraps whatever a component raises in RuntimeErrors, so those are looked behind. A user error is itself the
-    best description even where it was raised from another.
-
-    Args:
-        error: The exception that arrived.
-    """
-    current: BaseException | None = error
-    while current is not None and not isinstance(current, USER_ERRORS):
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
-    if isinstance(current, ImportError) and (current.name or "").startswith("seg3d_monai"):
-        return None
-    return current
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text on one line; the operating system's own errors as `cause: file`.
-
-    Args:
-        error: A user error.
-    """
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    parts = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(part if part.endswith((".", ":", ";", ",")) else part + ";" for part in parts).rstrip(";")
-    return text or type(error).__name__
 
 
 def _dispatch(words: list[str]) -> int:

@@ -24,6 +24,8 @@ from monai.bundle.reference_resolver import ReferenceResolver
 from monai.bundle.utils import ID_SEP_KEY
 from monai.utils import BundleProperty, BundlePropertyConfig
 
+from seg3d_monai.user_errors import print_user_error
+
 __all__ = ["ENTRY_POINTS", "check_config", "live_parser"]
 
 ENTRY_POINTS = ("imports", "initialize", "run", "training", "evaluating", "finalize", "save_execute_config")
@@ -53,7 +55,8 @@ def check_config(entry_points: Iterable[str] = (), *, parser: ConfigParser | Non
     Checked: every `_target_` can be imported; every argument is in its target's signature; every `@id` exists; every
     id is reached from what MONAI looks up (the required bundle properties, `ENTRY_POINTS`, the workflow's run ids).
     A plain value that is used through a macro (`%id`) only looks unused, since macros become copies: use `@id`.
-    Under `python -m monai.bundle` the message is printed without MONAI's traceback and the exit code is 2.
+    Under `python -m monai.bundle` the message is printed without MONAI's traceback and the exit code is 2; a later
+    mistake of the user's, a missing file for instance, is then one line too (SEG3D_TRACEBACK=1 shows all).
 
     Args:
         entry_points: further ids that are read from outside the config.
@@ -63,6 +66,9 @@ def check_config(entry_points: Iterable[str] = (), *, parser: ConfigParser | Non
         ValueError: one line for each fault: the id, what is wrong, and the nearest valid key.
     """
     parser = parser or live_parser()
+    from_shell = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) == "monai.bundle.__main__"
+    if from_shell:
+        sys.excepthook = print_user_error
     if not parser.ref_resolver.items:
         parser.parse()
     config = {key: value for key, value in parser.get().items() if not key.startswith("_")}
@@ -72,7 +78,7 @@ def check_config(entry_points: Iterable[str] = (), *, parser: ConfigParser | Non
     faults = [*_target_faults(parser, config), *_reference_faults(parser, config), *_unused_faults(parser, config, ids)]
     if not faults:
         return
-    if getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) == "monai.bundle.__main__":
+    if from_shell:
         print("\n".join(f"ValueError: {fault}" for fault in faults), file=sys.stderr, flush=True)
         raise SystemExit(2)
     raise ValueError("\n".join(faults))
