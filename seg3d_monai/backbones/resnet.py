@@ -120,79 +120,45 @@ class ResNet(nn.Module):
         return features
 
 
-def resnet10(
+# Blocks of each stage, and whether they are bottlenecks, by depth (He et al. 2016, table 1; 10 is half of 18).
+DEPTHS: dict[int, tuple[tuple[int, ...], bool]] = {
+    10: ((1, 1, 1, 1), False),
+    18: ((2, 2, 2, 2), False),
+    34: ((3, 4, 6, 3), False),
+    50: ((3, 4, 6, 3), True),
+    101: ((3, 4, 23, 3), True),
+}
+
+
+def resnet_backbone(
     *,
-    in_channels: int = 1,
-    width: int = 32,
-    stem_stride: Sequence[int] = (1, 2, 2),
-    stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
-    activation_checkpointing: bool = False,
-) -> ResNet:
-    """ResNet-10: one basic block a stage; `width` is the first stage's, doubled at each following one up to 8x."""
-    return _resnet((1, 1, 1, 1), False, in_channels, width, stem_stride, stage_strides, activation_checkpointing)
-
-
-def resnet18(
-    *,
-    in_channels: int = 1,
-    width: int = 64,
-    stem_stride: Sequence[int] = (1, 2, 2),
-    stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
-    activation_checkpointing: bool = False,
-) -> ResNet:
-    """ResNet-18: two basic blocks a stage."""
-    return _resnet((2, 2, 2, 2), False, in_channels, width, stem_stride, stage_strides, activation_checkpointing)
-
-
-def resnet34(
-    *,
+    depth: int,
     in_channels: int = 1,
     width: int = 64,
     stem_stride: Sequence[int] = (1, 2, 2),
     stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
     activation_checkpointing: bool = False,
 ) -> ResNet:
-    """ResNet-34: 3, 4, 6 and 3 basic blocks."""
-    return _resnet((3, 4, 6, 3), False, in_channels, width, stem_stride, stage_strides, activation_checkpointing)
+    """ResNet of a named depth.
 
+    Args:
+        depth: 10, 18, 34, 50 or 101.
+        in_channels: image channels, >= 1.
+        width: width of the first stage, doubled at each following one.
+        stem_stride: (z, y, x) stride of the stem.
+        stage_strides: (z, y, x) stride of each of the four stages.
+        activation_checkpointing: see `ResNet`.
 
-def resnet50(
-    *,
-    in_channels: int = 1,
-    width: int = 64,
-    stem_stride: Sequence[int] = (1, 2, 2),
-    stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
-    activation_checkpointing: bool = False,
-) -> ResNet:
-    """ResNet-50: 3, 4, 6 and 3 bottlenecks."""
-    return _resnet((3, 4, 6, 3), True, in_channels, width, stem_stride, stage_strides, activation_checkpointing)
-
-
-def resnet101(
-    *,
-    in_channels: int = 1,
-    width: int = 64,
-    stem_stride: Sequence[int] = (1, 2, 2),
-    stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
-    activation_checkpointing: bool = False,
-) -> ResNet:
-    """ResNet-101: 3, 4, 23 and 3 bottlenecks."""
-    return _resnet((3, 4, 23, 3), True, in_channels, width, stem_stride, stage_strides, activation_checkpointing)
-
-
-def _resnet(
-    depths: Sequence[int],
-    bottleneck: bool,
-    in_channels: int,
-    width: int,
-    stem_stride: Sequence[int],
-    stage_strides: Sequence[Sequence[int]],
-    activation_checkpointing: bool,
-) -> ResNet:
+    Raises:
+        ValueError: another depth.
+    """
+    if depth not in DEPTHS:
+        raise ValueError(f"depth is {depth!r}; choose one of {', '.join(map(str, DEPTHS))}")
+    blocks, bottleneck = DEPTHS[depth]
     return ResNet(
         in_channels=in_channels,
-        depths=depths,
-        widths=[width * 2**i for i in range(len(depths))],
+        depths=blocks,
+        widths=[width * 2**i for i in range(len(blocks))],
         stem_channels=width,
         stem_stride=stem_stride,
         stage_strides=stage_strides,

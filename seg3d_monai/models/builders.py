@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from seg3d_monai.backbones import FeaturePyramid, resnet10, resnet50, resnet101
+from seg3d_monai.backbones import FeaturePyramid, resnet_backbone
 from seg3d_monai.heads import AnchorGrid, BoxHead, MaskHead, RoIPooler, RPNHead
 from seg3d_monai.matching import IoUMatcher
 from seg3d_monai.models.mask_rcnn import MaskRCNN3d
@@ -108,7 +108,7 @@ def maskrcnn3d(
 def maskrcnn3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
     """For CPUs: ResNet-10 of width 32, pyramid of 32 channels, cells of about 8 to 40 voxels across."""
     return maskrcnn3d(
-        backbone=resnet10(in_channels=in_channels, width=32),
+        backbone=resnet_backbone(depth=10, in_channels=in_channels, width=32),
         anchor_levels=("p2", "p3"),
         anchor_shapes=(((8, 14, 14), (14, 18, 18)), ((16, 28, 28), (24, 36, 36))),
         num_classes=num_classes,
@@ -131,9 +131,13 @@ ANCHORS = (
 
 def maskrcnn3d_r50(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
     """For GPUs: ResNet-50, pyramid of 256 channels, the heads of the paper."""
-    return maskrcnn3d(backbone=resnet50(in_channels=in_channels), anchor_shapes=ANCHORS, num_classes=num_classes)
+    return maskrcnn3d(
+        backbone=resnet_backbone(depth=50, in_channels=in_channels), anchor_shapes=ANCHORS, num_classes=num_classes
+    )
 
 
 def maskrcnn3d_r101(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
     """For GPUs: ResNet-101, pyramid of 256 channels, the heads of the paper."""
-    return maskrcnn3d(backbone=resnet101(in_channels=in_channels), anchor_shapes=ANCHORS, num_classes=num_classes)
+    return maskrcnn3d(
+        backbone=resnet_backbone(depth=101, in_channels=in_channels), anchor_shapes=ANCHORS, num_classes=num_classes
+    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from seg3d_monai.backbones import ResNet, resnet10, resnet18, resnet34, resnet50, resnet101
+from seg3d_monai.backbones import ResNet, resnet_backbone
 from seg3d_monai.backbones.resnet import Residual
 
 STRIDES = ((1, 1, 1), (1, 2, 3), (2, 1, 2))
@@ -98,38 +98,43 @@ def test_checkpointing_gives_the_same_features_and_gradients():
 
 
 @pytest.mark.parametrize(
-    ("build", "blocks", "expansion", "convs"),
+    ("depth", "blocks", "expansion", "convs"),
     # Convolutions of He et al. 2016, table 1, without the classifier: weighted layers + projection shortcuts.
     [
-        (resnet10, (1, 1, 1, 1), 1, 9 + 3),
-        (resnet18, (2, 2, 2, 2), 1, 17 + 3),
-        (resnet34, (3, 4, 6, 3), 1, 33 + 3),
-        (resnet50, (3, 4, 6, 3), 4, 49 + 4),
-        (resnet101, (3, 4, 23, 3), 4, 100 + 4),
+        (10, (1, 1, 1, 1), 1, 9 + 3),
+        (18, (2, 2, 2, 2), 1, 17 + 3),
+        (34, (3, 4, 6, 3), 1, 33 + 3),
+        (50, (3, 4, 6, 3), 4, 49 + 4),
+        (101, (3, 4, 23, 3), 4, 100 + 4),
     ],
 )
-def test_named_sizes_have_the_published_depth(build, blocks, expansion, convs):
+def test_named_sizes_have_the_published_depth(depth, blocks, expansion, convs):
     with torch.device("meta"):
-        net = build(in_channels=3, width=64)
+        net = resnet_backbone(depth=depth, in_channels=3, width=64)
     assert tuple(len(stage) for stage in net.stages.values()) == blocks
     assert list(net.channels.values()) == [64 * 2**i * expansion for i in range(4)]
     assert net.strides == {"c1": (1, 2, 2), "c2": (2, 4, 4), "c3": (4, 8, 8), "c4": (8, 16, 16)}
     assert sum(isinstance(m, nn.Conv3d) for m in net.modules()) == convs
 
 
-@pytest.mark.parametrize(("build", "depths"), [(resnet50, (3, 4, 6, 3)), (resnet101, (3, 4, 23, 3))])
-def test_number_of_parameters_counted_by_hand(build, depths):
+@pytest.mark.parametrize(("depth", "blocks"), [(50, (3, 4, 6, 3)), (101, (3, 4, 23, 3))])
+def test_number_of_parameters_counted_by_hand(depth, blocks):
     with torch.device("meta"):
-        net = build(in_channels=1, width=64)
+        net = resnet_backbone(depth=depth, in_channels=1, width=64)
     stem = 3 * 5 * 5 * 64 + 2 * 64
     total, inputs = stem, 64
-    for i, depth in enumerate(depths):
+    for i, count in enumerate(blocks):
         width = 64 * 2**i
-        for j in range(depth):
+        for j in range(count):
             inner = inputs * width + 27 * width**2 + width * 4 * width + 2 * (width + width + 4 * width)
             total += inner + (inputs * 4 * width + 2 * 4 * width if j == 0 else 0)
             inputs = 4 * width
     assert sum(p.numel() for p in net.parameters()) == total
+
+
+def test_an_unknown_depth_is_refused():
+    with pytest.raises(ValueError, match="depth is 20; choose one of 10, 18"):
+        resnet_backbone(depth=20)
 
 
 @pytest.mark.parametrize(
