@@ -55,7 +55,7 @@ class CropDataset(Dataset[CropSample]):
             with `set_random_state` is seeded per sample.
         seed: of every draw.
         foreground_prob: probability of a draw by an instance rather than by position, 0 to 1.
-        balance: what is equally likely: each "volume", each "specimen" or each "crop".
+        balance: what is equally likely: each "volume", "specimen", "crop" or "instance"; see `CropSampler`.
         margin: voxels read beyond the region on every side, (z, y, x), so that rotations bring in neighbours rather
             than padding; the transform sees crop_size + 2 * margin, and what it returns is cropped at the centre.
         min_voxels: visible voxels below which a cut instance becomes ignore; the index's by default.

@@ -10,14 +10,14 @@ Must not know: voxels, torch, augmentation.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from seg3d_monai.data.crop_index import CropIndex, VolumeRecord
 from seg3d_monai.data.label_scan import crop_starts
 
-Balance = Literal["volume", "specimen", "crop"]
+Balance = Literal["volume", "specimen", "crop", "instance"]
 Roi = tuple[int, int, int, int, int, int]
 
 
@@ -45,7 +45,8 @@ class CropSampler:
         where: filter expression over the columns of the index.
         split: "train", "val", "test" or None for all.
         foreground_prob: probability of a draw by an instance rather than by position, 0 to 1.
-        balance: what is equally likely: each volume, each specimen (then each of its volumes), or each crop.
+        balance: what is equally likely: each volume, each specimen (then each of its volumes), each crop, or each
+            instance (volumes without any are then drawn as if they held one).
 
     Raises:
         ValueError: for arguments out of range, and when no crop matches.
@@ -63,8 +64,8 @@ class CropSampler:
     ) -> None:
         if not 0.0 <= foreground_prob <= 1.0:
             raise ValueError(f"foreground_prob={foreground_prob} is not a probability; use a number from 0 to 1")
-        if balance not in ("volume", "specimen", "crop"):
-            raise ValueError(f"balance={balance!r} is unknown; use 'volume', 'specimen' or 'crop'")
+        if balance not in get_args(Balance):
+            raise ValueError(f"balance={balance!r} is unknown; use one of {', '.join(get_args(Balance))}")
         crops = index.crop_ids(where=where, split=split)
         if len(crops) == 0:
             raise ValueError(
@@ -136,6 +137,8 @@ def _holding(box: np.ndarray, extent: np.ndarray, low: np.ndarray, high: np.ndar
 def _weights(volumes: Sequence[VolumeRecord], num_crops: Sequence[int], balance: Balance) -> np.ndarray:
     if balance == "crop":
         return np.array(num_crops, np.float64)
+    if balance == "instance":
+        return np.array([max(1, volume.num_instances) for volume in volumes], np.float64)
     if balance == "specimen":
         counts = Counter(volume.specimen for volume in volumes)
         return np.array([1.0 / counts[volume.specimen] for volume in volumes])

@@ -24,6 +24,8 @@ class InstancePredictor:
         score_threshold: least score of an instance.
         mask_threshold: probability at which a voxel belongs to an instance.
         min_voxels: least number of voxels of an instance's mask.
+        min_visible: least share of its mask that no instance with a higher score covers; those with less are
+            second views of the same cell, as in Panoptic FPN (Kirillov et al. 2019).
         device: where the network runs.
         amp: "auto", "off", "bf16" or "fp16"; see `autocast_dtype`.
         intensity: the volume's intensity range; `for_volume` measures it.
@@ -40,6 +42,7 @@ class InstancePredictor:
         score_threshold: float = 0.5,
         mask_threshold: float = 0.5,
         min_voxels: int = 1,
+        min_visible: float = 0.0,
         device: str | torch.device = "cpu",
         amp: str = "off",
         intensity: Intensity | None = None,
@@ -50,11 +53,14 @@ class InstancePredictor:
             raise ValueError(f"score_threshold is {score_threshold}; give a score in 0 to 1")
         if min_voxels < 0:
             raise ValueError(f"min_voxels is {min_voxels}; give 0 or more")
+        if not 0 <= min_visible <= 1:
+            raise ValueError(f"min_visible is {min_visible}; give a share in 0 to 1")
         self.network = network
         self.percentiles = (percentiles[0], percentiles[1])
         self.score_threshold = score_threshold
         self.mask_threshold = mask_threshold
         self.min_voxels = min_voxels
+        self.min_visible = min_visible
         self.device = torch.device(device)
         self.amp = autocast_dtype(amp, device)
         self.intensity = intensity
@@ -78,6 +84,7 @@ class InstancePredictor:
             "score_threshold": self.score_threshold,
             "mask_threshold": self.mask_threshold,
             "min_voxels": self.min_voxels,
+            "min_visible": self.min_visible,
             "amp": str(self.amp),
         }
 
@@ -103,9 +110,15 @@ class InstancePredictor:
         finally:
             network.train(was_training)
         boxes, masks, kept = found["boxes"].float(), [], []
-        for i in (found["scores"] >= self.score_threshold).nonzero().squeeze(1).tolist():
-            mask = paste_mask(found["mask_logits"][i].float(), boxes[i], self.mask_threshold).numpy()
-            if np.count_nonzero(mask) >= self.min_voxels:
+        claimed = np.zeros(image.shape[1:], dtype=bool)
+        for i in found["scores"].argsort(descending=True, stable=True).tolist():
+            if found["scores"][i] < self.score_threshold:
+                break
+            mask = paste_mask(found["mask_logits"][i], boxes[i], self.mask_threshold).numpy()
+            window = claimed[tuple(slice(low, low + n) for low, n in zip(_corner(boxes[i]), mask.shape, strict=True))]
+            voxels = np.count_nonzero(mask)
+            if voxels >= self.min_voxels and np.count_nonzero(mask & ~window) >= self.min_visible * voxels:
+                window |= mask
                 masks.append(mask)
                 kept.append(i)
         return Instances(
@@ -114,3 +127,8 @@ class InstancePredictor:
             classes=found["classes"][kept].numpy(),
             masks=masks,
         )
+
+
+def _corner(box: Tensor) -> list[int]:
+    """Lower corner of a box's voxels."""
+    return [int(v) for v in box[:3].floor().tolist()]

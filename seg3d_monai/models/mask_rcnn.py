@@ -34,7 +34,7 @@ class MaskRCNN3d(nn.Module):
         num_mask_samples: foreground proposals of an image that the mask head is trained on.
         pre_nms_top_n: anchors kept of each level and image before NMS, (training, evaluation).
         post_nms_top_n: proposals kept of each image, (training, evaluation).
-        proposal_nms_threshold: IoU of duplicates among proposals.
+        proposal_nms_threshold: IoU of duplicates among proposals, (training, evaluation).
         min_objectness: least objectness of a proposal in evaluation, a probability.
         score_threshold: least score of a detection.
         detection_nms_threshold: IoU of duplicates among detections.
@@ -56,9 +56,9 @@ class MaskRCNN3d(nn.Module):
         roi_foreground_fraction: float = 0.5,
         num_mask_samples: int = 32,
         pre_nms_top_n: tuple[int, int] = (1000, 10000),
-        post_nms_top_n: tuple[int, int] = (500, 2000),
-        proposal_nms_threshold: float = 0.6,
-        min_objectness: float = 0.02,
+        post_nms_top_n: tuple[int, int] = (500, 5000),
+        proposal_nms_threshold: tuple[float, float] = (0.6, 0.4),
+        min_objectness: float = 0.1,
         score_threshold: float = 0.05,
         detection_nms_threshold: float = 0.4,
         max_detections: int = 2000,
@@ -77,7 +77,7 @@ class MaskRCNN3d(nn.Module):
         self.num_mask_samples = num_mask_samples
         self.pre_nms_top_n = (pre_nms_top_n[0], pre_nms_top_n[1])
         self.post_nms_top_n = (post_nms_top_n[0], post_nms_top_n[1])
-        self.proposal_nms_threshold = proposal_nms_threshold
+        self.proposal_nms_threshold = (proposal_nms_threshold[0], proposal_nms_threshold[1])
         self.min_objectness = min_objectness
         self.score_threshold = score_threshold
         self.detection_nms_threshold = detection_nms_threshold
@@ -119,7 +119,7 @@ class MaskRCNN3d(nn.Module):
             size,
             pre_nms_top_n=self.pre_nms_top_n[not self.training],
             post_nms_top_n=self.post_nms_top_n[not self.training],
-            nms_threshold=self.proposal_nms_threshold,
+            nms_threshold=self.proposal_nms_threshold[not self.training],
             min_objectness=0.0 if self.training else self.min_objectness,
         )
         if not self.training:

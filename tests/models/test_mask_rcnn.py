@@ -121,7 +121,7 @@ def test_a_network_in_half_precision_keeps_boxes_logits_and_losses_in_float32(ma
     [
         {"pre_nms_top_n": (100, 150)},
         {"post_nms_top_n": (50, 60)},
-        {"proposal_nms_threshold": 0.5},
+        {"proposal_nms_threshold": (0.6, 0.5)},
         {"score_threshold": 0.1},
         {"detection_nms_threshold": 0.3},
         {"max_detections": 30},
@@ -209,7 +209,7 @@ def test_masks_of_many_detections_belong_to_their_boxes(make_detector):
         max_detections=150,
         detection_nms_threshold=1.0,
         post_nms_top_n=(50, 150),
-        proposal_nms_threshold=1.0,
+        proposal_nms_threshold=(1.0, 1.0),
     ).eval()
     images = torch.randn(2, 1, *SIZE)
     with torch.inference_mode():
@@ -230,7 +230,7 @@ def test_moving_the_image_by_the_coarsest_stride_moves_the_detections(make_detec
         anchor_shapes=[[(8, 12, 12)]],
         pre_nms_top_n=(10_000, 10_000),
         post_nms_top_n=(10_000, 10_000),
-        proposal_nms_threshold=1.0,
+        proposal_nms_threshold=(1.0, 1.0),
         detection_nms_threshold=1.0,
         max_detections=10_000,
     ).eval()
