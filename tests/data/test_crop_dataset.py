@@ -1,6 +1,7 @@
 """Crops, loaders and whole volumes: what an item holds, that it repeats, and where crops are drawn."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_positions_are_uniform_without_foreground(tmp_path: Path) -> None:
     assert set(rois[:, 0]) == {0, 1, 2}
 
 
-def test_balance_by_volume_specimen_and_crop(tmp_path: Path) -> None:
+def test_balance_by_volume_specimen_crop_and_instance(tmp_path: Path) -> None:
     index = toy(tmp_path)
 
     def shares(balance: str) -> dict[str, float]:
@@ -162,6 +163,9 @@ def test_balance_by_volume_specimen_and_crop(tmp_path: Path) -> None:
 
     assert shares("volume") == pytest.approx({"first": 1 / 3, "small": 1 / 3, "crowd": 1 / 3}, abs=0.06)
     assert shares("specimen") == pytest.approx({"first": 1 / 4, "small": 1 / 4, "crowd": 1 / 2}, abs=0.06)
+    total = sum(volume.num_instances for volume in index.volumes())
+    instances = {volume.name: volume.num_instances / total for volume in index.volumes()}
+    assert shares("instance") == pytest.approx(instances, abs=0.06)
     crops = {volume.name: volume.num_crops / len(index) for volume in index.volumes()}
     dataset = CropDataset(index, num_samples=600, balance="crop", foreground_prob=0.0)
     counts = Counter(dataset[position]["volume"] for position in range(600))
@@ -274,6 +278,16 @@ def test_an_index_without_any_instance_gives_empty_crops(tmp_path: Path) -> None
     assert (sample["targets"]["label"] == 0).all()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As a loader's workers have it: the same bits are promised for the same number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_loader_gives_the_same_items_whatever_the_workers(tmp_path: Path, num_workers: int) -> None:
     index = toy(tmp_path)

@@ -68,6 +68,28 @@ def test_least_number_of_voxels(min_voxels, wanted):
     assert len(make(min_voxels=min_voxels)(torch.zeros(1, *SIZE), ROI)) == wanted
 
 
+@pytest.mark.parametrize(
+    ("min_visible", "wanted"),
+    # Filled boxes along x, by score: 0..8; 4..12, half of it covered; 0..12, covered whole or to two thirds; 12..14.
+    [(0.0, [0.9, 0.8, 0.7, 0.6]), (0.5, [0.9, 0.8, 0.6]), (0.51, [0.9, 0.6]), (0.3, [0.9, 0.8, 0.6])],
+)
+def test_a_second_view_of_a_cell_is_dropped(min_visible, wanted):
+    boxes = torch.tensor([[1.0, 2, start, 3, 5, end] for start, end in ((0, 12), (0, 8), (4, 12), (12, 14))])
+    scores = torch.tensor([0.7, 0.9, 0.8, 0.6])  # not in the order that decides
+    network = Known(boxes, scores, torch.zeros(4, dtype=torch.int64), torch.full((4, 1, 1, 1), 5.0))
+    found = make(network, min_visible=min_visible)(torch.zeros(1, *SIZE), ROI)
+    assert found.scores.tolist() == pytest.approx(wanted)
+
+
+def test_what_a_dropped_view_covered_is_free_again():
+    """4..12 is dropped (half covered by 0..8), so 6..14 has lost two of its eight columns only, to 0..8."""
+    boxes = torch.tensor([[1.0, 2, start, 3, 5, end] for start, end in ((0, 8), (4, 12), (6, 14))])
+    scores = torch.tensor([0.9, 0.8, 0.7])
+    network = Known(boxes, scores, torch.zeros(3, dtype=torch.int64), torch.full((3, 1, 1, 1), 5.0))
+    found = make(network, min_visible=0.7)(torch.zeros(1, *SIZE), ROI)
+    assert found.scores.tolist() == pytest.approx([0.9, 0.7])
+
+
 def test_mask_threshold():
     (mask,) = make(known(1), mask_threshold=0.999)(torch.zeros(1, *SIZE), ROI).masks or [np.zeros(1, bool)]
     assert not mask.any()
