@@ -35,7 +35,7 @@ EXTRAS = {
     "cluster": ("ray", "deepspeed"),
     "view": ("napari", "napari_ome_zarr"),
     "formats": ("czifile", "h5py"),
-    "dev": ("pytest", "hypothesis", "ruff", "mypy"),
+    "dev": ("pytest", "ruff", "mypy"),
 }
 
 
@@ -89,9 +89,9 @@ def _memory() -> str:
 
 def _bfloat16() -> str:
     """Whether the processor multiplies bfloat16 natively, where autocast then halves the time of convolutions."""
-    import torch
+    from seg3d_monai.inference.precision import autocast_dtype
 
-    has_bf16 = bool(torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
+    has_bf16 = autocast_dtype("auto", "cpu") is not None
     return "native on this CPU (AVX512-BF16)" if has_bf16 else "no AVX512-BF16 on this CPU; autocast gains little"
 
 

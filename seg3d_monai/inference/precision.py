@@ -20,6 +20,13 @@ def autocast_dtype(amp: str, device: torch.device | str) -> torch.dtype | None:
     if amp not in AMP or (amp == "fp16" and kind != "cuda"):
         raise ValueError(f"amp={amp!r} on {kind}; choose one of {', '.join(AMP)}, fp16 only on CUDA")
     if amp == "auto":
-        native = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else None
+        return torch.bfloat16 if _computes_in_bf16(kind) else None
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def _computes_in_bf16(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # Not public in torch yet; where it is missing, float32 is always right.
+    asks = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(asks()) if asks is not None else False
