@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "bundles" / "maskrcnn3d" / "configs"
+SCHEMAS = sorted((ROOT.parent / "shared" / "schemas").glob("meta_schema_*.json"))
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.json"))
 SMALL = {
     "crop_size": [16, 32, 40],
@@ -96,12 +98,17 @@ def test_inference_describes_the_same_network_as_training() -> None:
         assert train[key] == inference[key]
 
 
-def test_metadata_names_what_the_model_zoo_asks_for() -> None:
+def test_metadata_fits_the_model_zoo() -> None:
     meta = json.loads((CONFIGS / "metadata.json").read_text())
-    for key in ("version", "changelog", "monai_version", "pytorch_version", "numpy_version", "task", "description"):
-        assert meta[key]
     assert meta["required_packages_version"]["seg3d_monai"]
     assert set(meta["network_data_format"]) == {"inputs", "outputs"}
+    for key in ("version", "changelog", "monai_version", "pytorch_version", "numpy_version", "task", "description"):
+        assert meta[key]
+
+
+@pytest.mark.skipif(not SCHEMAS, reason="the model zoo's published schema is not beside the project")
+def test_metadata_satisfies_the_published_schema() -> None:
+    jsonschema.validate(json.loads((CONFIGS / "metadata.json").read_text()), json.loads(SCHEMAS[0].read_text()))
 
 
 @pytest.mark.parametrize(("channels", "classes"), [(1, 1), (2, 2)])
