@@ -184,12 +184,12 @@ def predict_volume(
             return Prediction(output, table_path, journal_path, len(plan), 0, stored["num_objects"], True)
         if stored["state"] == PREDICTING and output.exists():
             raise ValueError(f"{output} exists but the run in {journal_path} did not write it; pass --restart")
+    if stored is None:
+        check_finite(volume)
     if volume.spacing_um is None:
         warnings.warn(
             "the voxel spacing is unknown: sizes in micrometer are null; pass spacing (z, y, x) to set it", stacklevel=2
         )
-    if stored is None:
-        check_finite(volume)
     if dry_run:
         return Prediction(output, table_path, journal_path, len(plan), 0, None, False)
     if restart:
