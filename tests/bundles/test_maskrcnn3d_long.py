@@ -37,7 +37,7 @@ def test_the_bare_command_learns_and_its_blocks_leave_no_seams(tmp_path: Path) -
     truth = label.read((0, 0, 0, *label.shape[1:]))[0]
     f1 = []
     for block_size, halo in [(None, None), *GRIDS]:
-        predictor = InstancePredictor(network=network, score_threshold=0.7, min_voxels=20, min_visible=0.7)
+        predictor = InstancePredictor(network=network, score_threshold=0.8, min_voxels=20, min_visible=0.7)
         metrics = InstanceMetrics()
         metrics.update(truth, predict_labels(image, predictor.for_volume(image), block_size, halo)[0])
         f1.append(metrics.compute()["thresholds"]["0.5"]["f1"])
