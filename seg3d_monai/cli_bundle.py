@@ -83,7 +83,7 @@ def run_bundle(
         options: Further keys, their values already parsed.
 
     Raises:
-        UsageError: If a key's first part is in none of the files.
+        UsageError: If a key's first part, or a section on its way, is in none of the files.
     """
     declared: dict[str, Any] = {}
     for file in files:
@@ -92,6 +92,7 @@ def run_bundle(
     for key in [*flags, *(options or {})]:
         if _first(key) not in top_level | set(RUN_ARGUMENTS):
             raise UsageError(f"unknown flag --{key}; {nearest(key, top_level, prefix='--')}")
+        _check_sections(key, declared)
     overrides = {key: _parse(key, text, declared.get(key)) for key, text in flags.items()} | dict(options or {})
 
     # Whoever names a bundle trusts it; the README says so, and a warning at each run would hide other ones.
@@ -113,6 +114,22 @@ def _existing(folder: Path, name: str, kind: str) -> str:
             return str(candidate)
     known = [path.name for path in folder.glob("*.json")]
     raise FileNotFoundError(f"{kind} {name!r} does not exist; {nearest(Path(name).name, known)}")
+
+
+def _check_sections(key: str, declared: Mapping[str, Any]) -> None:
+    """MONAI itself says only `KeyError` where a section between the first and the last part does not exist."""
+    parts = key.replace("::", "#").split("#")
+    section: Any = declared
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(section, list) and part.isdigit() and int(part) < len(section):
+            section = section[int(part)]
+        elif isinstance(section, Mapping) and part in section:
+            section = section[part]
+        elif isinstance(section, Mapping) and depth:
+            known = ["#".join([*parts[:depth], name]) for name in section if not name.startswith("_")]
+            raise UsageError(f"unknown flag --{key}; {nearest('#'.join(parts[: depth + 1]), known, prefix='--')}")
+        else:
+            return  # an overlay's own `a#b` key, or a reference: the bundle's check decides
 
 
 def _first(key: str) -> str:

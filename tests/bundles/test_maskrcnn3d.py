@@ -13,6 +13,8 @@ import tifffile
 import zarr
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from seg3d_monai.cli import main
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "bundles" / "maskrcnn3d" / "configs"
 SCHEMAS = sorted((ROOT.parent / "shared" / "schemas").glob("meta_schema_*.json"))
@@ -70,7 +72,8 @@ def write_dataset(folder: Path, channels: int = 1, classes: int = 1) -> Path:
 )
 def test_properties_are_complete(workflow_type: str, name: str, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "data")
-    extra = {"dataset_dir": str(dataset), "output_dir": str(tmp_path / "run")} | SMALL if name == "train.json" else {}
+    run = {"dataset_dir": str(dataset), "output_dir": str(tmp_path / "run")}
+    extra = run | SMALL if name == "train.json" else {}  # an inference has no input, output or weights yet
     workflow = ConfigWorkflow(
         config_file=str(CONFIGS / name),
         meta_file=str(CONFIGS / "metadata.json"),
@@ -155,7 +158,6 @@ def test_trains_evaluates_and_predicts(tmp_path: Path, channels: int, classes: i
         ("dataset_dri", "dataset_dir"),
         ("train#trainer#max_epoch", "max_epochs"),
         ("backbone#widht", "width"),
-        ("train#datset#seed", "train#dataset"),
         ("loss#weights#mask_bec", "mask_bce"),
     ],
 )
@@ -167,4 +169,15 @@ def test_a_misspelt_override_is_refused_before_anything_is_written(tmp_path: Pat
     )
     assert done.returncode != 0
     assert nearest in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelt_section_on_the_way_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--output_dir", str(tmp_path / "run"), "--train#datset#seed", "3"]
+    assert main(["train", str(CONFIGS.parent), *flags]) == 2
+    assert "did you mean --train#dataset?" in capsys.readouterr().err
+    # MONAI applies overrides before it evaluates anything of the bundle, so there it has the word.
+    done = run_bundle("training", "--config_file", str(CONFIGS / "train.json"), *flags, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "datset" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
