@@ -60,6 +60,7 @@ class CropDataset(Dataset[CropSample]):
             than padding; the transform sees crop_size + 2 * margin, and what it returns is cropped at the centre.
         min_voxels: visible voxels below which a cut instance becomes ignore; the index's by default.
         min_visible: visible fraction below which a cut instance becomes ignore, 0 to 1.
+        min_object_voxels: whole voxels below which an instance becomes ignore, such as debris.
         cache_bytes: bytes of decoded volumes each process keeps.
 
     Raises:
@@ -81,6 +82,7 @@ class CropDataset(Dataset[CropSample]):
         margin: Sequence[int] = (0, 0, 0),
         min_voxels: int | None = None,
         min_visible: float = 0.1,
+        min_object_voxels: int = 0,
         cache_bytes: int = 1 << 30,
     ) -> None:
         size = tuple(int(n) for n in (index.crop_size if crop_size is None else crop_size))
@@ -102,6 +104,7 @@ class CropDataset(Dataset[CropSample]):
         self._margin = tuple(int(n) for n in margin)
         self._min_voxels = index.min_voxels if min_voxels is None else int(min_voxels)
         self._min_visible = float(min_visible)
+        self._min_object_voxels = int(min_object_voxels)
         self._sampler = CropSampler(
             index=index,
             crop_size=size,
@@ -159,6 +162,7 @@ class CropDataset(Dataset[CropSample]):
             full_voxels=dict(zip(record.ids.tolist(), record.voxels.tolist(), strict=True)),
             min_voxels=self._min_voxels,
             min_visible=self._min_visible,
+            min_object_voxels=self._min_object_voxels,
         )
         return CropSample(
             image=image_crop, targets=targets, crop_id=draw.crop_id, volume=draw.volume.name, roi=draw.roi

@@ -100,6 +100,7 @@ def derive_targets(
     full_voxels: Mapping[int, int] | None = None,
     min_voxels: int = 20,
     min_visible: float = 0.1,
+    min_object_voxels: int = 0,
 ) -> Targets:
     """Derive the targets of one crop from its label array.
 
@@ -115,6 +116,8 @@ def derive_targets(
             unless it reaches a face of the crop.
         min_voxels: least number of visible voxels of a cut instance.
         min_visible: least visible fraction of a cut instance, 0 to 1.
+        min_object_voxels: instances with fewer voxels in their whole volume are ignore: debris and slips of the pen
+            look like noise, and a detector that must find them finds noise.
 
     Returns:
         The targets; G may be 0.
@@ -134,7 +137,8 @@ def derive_targets(
     unknown = full == 0
     missing = unknown | (voxels < full)
     cut = missing & (touches | (~unknown & (2 * voxels < full)))
-    fragment = (cut & (voxels < min_voxels)) | (~unknown & (voxels < min_visible * full))
+    debris = ~unknown & (full < min_object_voxels)
+    fragment = debris | (cut & (voxels < min_voxels)) | (~unknown & (voxels < min_visible * full))
 
     table = np.empty(len(ids) + 2, np.int64)
     table[0], table[-1] = 0, IGNORE  # code -1 reads the last entry
