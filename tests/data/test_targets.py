@@ -119,3 +119,16 @@ def test_extents_of_absent_ids_are_zero() -> None:
     boxes, voxels = instance_extents(codes, 3)
     assert boxes.tolist() == [[0] * 6, [1, 2, 1, 2, 3, 3], [0] * 6]
     assert voxels.tolist() == [0, 2, 0]
+
+
+def test_debris_is_ignored_by_its_size_in_the_whole_volume() -> None:
+    label = np.zeros((3, 8, 10), np.int64)
+    label[0:2, 1:4, 1:5] = 1  # 24 voxels, whole
+    label[1:3, 5:7, 6:8] = 2  # 8 voxels, whole: debris
+    label[0, 6:8, 0:3] = 3  # 6 of 40 voxels, cut: its whole size counts
+    targets = derive_targets(label, full_voxels={1: 24, 2: 8, 3: 40}, min_voxels=5, min_object_voxels=9)
+    assert targets["ids"].tolist() == [1, 3]
+    assert (targets["label"][label == 2] == -1).all()
+    assert targets["boxes"].tolist() == [[0, 1, 1, 2, 4, 5], [0, 6, 0, 1, 8, 3]]
+    everything = derive_targets(label, full_voxels={1: 24, 2: 8, 3: 40}, min_voxels=5)
+    assert everything["ids"].tolist() == [1, 2, 3]
