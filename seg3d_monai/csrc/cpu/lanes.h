@@ -71,17 +71,6 @@ inline Vec<acc_t> load_some_lanes(const scalar_t* source, int64_t count) {
 }
 
 template <typename acc_t, typename scalar_t>
-inline void store_some_lanes(scalar_t* target, Vec<acc_t> lanes, int64_t count) {
-  if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    std::memcpy(target, &lanes, count * sizeof(acc_t));
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      target[i] = static_cast<scalar_t>(lanes[i]);
-    }
-  }
-}
-
-template <typename acc_t, typename scalar_t>
 inline void store_lanes(scalar_t* target, Vec<acc_t> lanes) {
   if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
     // To the nearest, ties to even; a NaN stays one.
@@ -92,8 +81,23 @@ inline void store_lanes(scalar_t* target, Vec<acc_t> lanes) {
     const Wide is_number = (Wide)(lanes == lanes);
     const Narrow narrow = __builtin_convertvector((rounded & is_number) | (0x7fc0u & ~is_number), Narrow);
     std::memcpy(target, &narrow, sizeof(narrow));
+  } else if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    std::memcpy(target, &lanes, sizeof(lanes));
   } else {
-    store_some_lanes<acc_t>(target, lanes, num_lanes<acc_t>);
+    for (int64_t i = 0; i < num_lanes<acc_t>; ++i) {
+      target[i] = static_cast<scalar_t>(lanes[i]);
+    }
+  }
+}
+
+// Store the first `count` <= num_lanes values.
+template <typename acc_t, typename scalar_t>
+inline void store_some_lanes(scalar_t* target, Vec<acc_t> lanes, int64_t count) {
+  if (count == num_lanes<acc_t>) {
+    return store_lanes<acc_t>(target, lanes);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    target[i] = static_cast<scalar_t>(lanes[i]);
   }
 }
 
@@ -136,6 +140,20 @@ inline void transpose_blocks(Vec<acc_t>* rows) {
 template <typename acc_t>
 inline void transpose(Vec<acc_t>* rows) {
   detail::transpose_blocks<acc_t, num_lanes<acc_t> / 2>(rows);
+}
+
+// The sum over the lanes of each row, as lane i for row i. The rows are lost.
+template <typename acc_t, int64_t half = num_lanes<acc_t> / 2>
+inline Vec<acc_t> sums_of_rows(Vec<acc_t>* rows) {
+  constexpr std::make_integer_sequence<int64_t, num_lanes<acc_t>> all_lanes{};
+  for (int64_t i = 0; i < half; ++i) {
+    detail::swap_off_diagonal<acc_t, half>(rows[i], rows[i + half], all_lanes);
+    rows[i] += rows[i + half];
+  }
+  if constexpr (half > 1) {
+    return sums_of_rows<acc_t, half / 2>(rows);
+  }
+  return rows[0];
 }
 
 }  // namespace seg3d

@@ -12,12 +12,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <tuple>
 #include <vector>
 
 #include "cpu/lanes.h"
-#include "trilinear.h"
 
 namespace seg3d {
 namespace {
@@ -29,90 +29,169 @@ constexpr int64_t kCorners = 8;
 
 struct Level {
   int64_t start;  // its first row in the value
-  int64_t size[3];
+  std::array<int64_t, 3> size;
 };
 
 struct Sizes {
   int64_t batch, rows, heads, channels, queries, points;
   std::vector<Level> levels;
 
-  int64_t num_samples() const { return static_cast<int64_t>(levels.size()) * points; }
+  int64_t num_samples() const { return static_cast<int64_t>(levels.size()) * points; }  // of one (query, head)
   int64_t row_stride() const { return heads * channels; }
-  // Samples before those of (image, query, head).
-  int64_t first_sample(int64_t image, int64_t query, int64_t head) const {
-    return ((image * queries + query) * heads + head) * num_samples();
+};
+
+// Where one (image, query, head) finds its samples and its channels of the output.
+struct Item {
+  int64_t first_sample, first_output, first_row_channel;
+
+  // Queries of a head follow each other: its rows stay in the cache.
+  Item(int64_t index, const Sizes& sizes)
+      : Item(index / sizes.queries / sizes.heads, index / sizes.queries % sizes.heads, index % sizes.queries, sizes) {}
+  Item(int64_t image, int64_t head, int64_t query, const Sizes& sizes) {
+    const int64_t place = (image * sizes.queries + query) * sizes.heads + head;
+    first_sample = place * sizes.num_samples();
+    first_output = place * sizes.channels;
+    first_row_channel = image * sizes.rows * sizes.row_stride() + head * sizes.channels;
   }
 };
 
-// One sample's three axes, and the row of its corner 0; corner c has the bits (z, y, x) = (c >> 2, c >> 1 & 1, c & 1).
+// As many samples of one (query, head) as a vector has lanes. Corner c has the bits (z, y, x), 1 for the high side.
 template <typename acc_t>
-struct Sample {
-  PaddedSample<acc_t> axis[3];
-  int64_t row;
-  int64_t step[3];  // rows from the low to the high corner
+struct SampleBlock {
+  using Index = typename VecOf<acc_t>::index;
+  static constexpr int64_t lanes = num_lanes<acc_t>;
 
-  Sample(const Level& level, const acc_t* location) {
-    for (int a = 0; a < 3; ++a) {
-      axis[a] = zero_padded_sample(location[a] * static_cast<acc_t>(level.size[a]) - acc_t(0.5), level.size[a]);
+  // What is the same for every query and head.
+  Vec<acc_t> size[3];
+  Index last[3], row_step[3], start;
+  int64_t corner_offset[lanes][kCorners];  // in numbers, from corner 0
+  int64_t first, count, row_stride;
+
+  // What differs.
+  Vec<acc_t> weight[3][2];
+  alignas(64) int64_t row[lanes];  // of corner 0, in numbers
+  Index inside;                    // bit c: corner c is inside
+
+  SampleBlock(const Sizes& sizes, int64_t row_stride, int64_t first)
+      : size(),
+        row_step(),
+        start(),
+        first(first),
+        count(std::min(lanes, sizes.num_samples() - first)),
+        row_stride(row_stride) {
+    // Lanes without a sample have no voxel inside.
+    last[0] = last[1] = last[2] = Index{} - 1;
+    for (int64_t i = 0; i < count; ++i) {
+      const Level& level = sizes.levels[(first + i) / sizes.points];
+      const int64_t steps[3] = {level.size[1] * level.size[2], level.size[2], 1};
+      for (int axis = 0; axis < 3; ++axis) {
+        size[axis][i] = static_cast<acc_t>(level.size[axis]);
+        last[axis][i] = level.size[axis] - 1;
+        row_step[axis][i] = steps[axis];
+      }
+      start[i] = level.start;
+      for (int64_t c = 0; c < kCorners; ++c) {
+        corner_offset[i][c] = ((c >> 2) * steps[0] + (c >> 1 & 1) * steps[1] + (c & 1)) * row_stride;
+      }
     }
-    step[0] = level.size[1] * level.size[2];
-    step[1] = level.size[2];
-    step[2] = 1;
-    row = level.start + axis[0].low * step[0] + axis[1].low * step[1] + axis[2].low;
   }
 
-  bool is_inside(int a, int64_t corner) const {
-    return (corner >> (2 - a)) & 1 ? axis[a].high_inside : axis[a].low_inside;
+  // Place the samples of one (query, head): zero_padded_sample of trilinear.h for all lanes at once.
+  void place(const acc_t* locations) {
+    acc_t by_axis[3][lanes] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      for (int axis = 0; axis < 3; ++axis) {
+        by_axis[axis][i] = locations[i * 3 + axis];
+      }
+    }
+    Index rows = start, side_inside[3][2];
+    for (int axis = 0; axis < 3; ++axis) {
+      Vec<acc_t> position = load_lanes<acc_t>(by_axis[axis]) * size[axis] - acc_t(0.5);
+      const Index is_near = (position > acc_t(-1)) & (position < size[axis]);
+      position = is_near ? position : Vec<acc_t>{};
+      Index low = __builtin_convertvector(position, Index);
+      low += __builtin_convertvector(low, Vec<acc_t>) > position;  // a comparison that holds is -1
+      weight[axis][1] = position - __builtin_convertvector(low, Vec<acc_t>);
+      weight[axis][0] = acc_t(1) - weight[axis][1];
+      side_inside[axis][0] = is_near & (low >= 0);
+      side_inside[axis][1] = is_near & (low < last[axis]);
+      rows += low * row_step[axis];
+    }
+    inside = Index{};
+    for (int64_t c = 0; c < kCorners; ++c) {
+      inside |= side_inside[0][c >> 2] & side_inside[1][c >> 1 & 1] & side_inside[2][c & 1] & (1 << c);
+    }
+    for (int64_t i = 0; i < lanes; ++i) {
+      row[i] = static_cast<int64_t>(rows[i]) * row_stride;
+    }
   }
-  bool is_inside(int64_t corner) const { return is_inside(0, corner) && is_inside(1, corner) && is_inside(2, corner); }
-  acc_t weight(int a, int64_t corner) const {
-    return (corner >> (2 - a)) & 1 ? axis[a].high_weight : axis[a].low_weight;
-  }
-  int64_t row_of(int64_t corner) const {
-    return row + (corner >> 2) * step[0] + (corner >> 1 & 1) * step[1] + (corner & 1);
-  }
+
+  Vec<acc_t> corner_weight(int64_t c) const { return weight[0][c >> 2] * weight[1][c >> 1 & 1] * weight[2][c & 1]; }
 };
 
-// The rows that one (query, head) reads, with the products of trilinear and attention weights.
 template <typename acc_t>
-struct RowList {
-  std::vector<int64_t> row;
-  std::vector<acc_t> weight;
-  int64_t count = 0;
+std::vector<SampleBlock<acc_t>> make_blocks(const Sizes& sizes, int64_t row_stride) {
+  std::vector<SampleBlock<acc_t>> blocks;
+  for (int64_t first = 0; first < sizes.num_samples(); first += num_lanes<acc_t>) {
+    blocks.emplace_back(sizes, row_stride, first);
+  }
+  return blocks;
+}
 
-  explicit RowList(const Sizes& sizes) : row(sizes.num_samples() * kCorners), weight(row.size()) {}
+// The rows that one (query, head) reads or writes, and the products of their trilinear and attention weights.
+template <typename acc_t>
+class RowList {
+ public:
+  RowList(const Sizes& sizes, int64_t row_stride)
+      : blocks_(make_blocks<acc_t>(sizes, row_stride)),
+        offset_(blocks_.size() * num_lanes<acc_t> * kCorners),
+        weight_(offset_.size()) {}
 
-  void fill(const Sizes& sizes, const acc_t* location, const acc_t* attention) {
-    count = 0;
-    for (const Level& level : sizes.levels) {
-      for (int64_t p = 0; p < sizes.points; ++p, location += 3, ++attention) {
-        const Sample<acc_t> sample(level, location);
-        for (int64_t corner = 0; corner < kCorners; ++corner) {
-          row[count] = sample.row_of(corner);
-          weight[count] = sample.weight(0, corner) * sample.weight(1, corner) * sample.weight(2, corner) * *attention;
-          count += sample.is_inside(corner);
+  void fill(const acc_t* locations, const acc_t* attention) {
+    constexpr int64_t lanes = num_lanes<acc_t>;
+    count_ = 0;
+    for (auto& block : blocks_) {
+      block.place(locations + block.first * 3);
+      alignas(64) acc_t weights[kCorners][lanes];
+      const Vec<acc_t> shares = load_some_lanes<acc_t>(attention + block.first, block.count);
+      for (int64_t c = 0; c < kCorners; ++c) {
+        store_lanes<acc_t>(weights[c], block.corner_weight(c) * shares);
+      }
+      for (int64_t i = 0; i < block.count; ++i) {
+        const auto bits = block.inside[i];
+        for (int64_t c = 0; c < kCorners; ++c) {
+          offset_[count_] = block.row[i] + block.corner_offset[i][c];
+          weight_[count_] = weights[c][i];
+          count_ += bits >> c & 1;
         }
       }
     }
   }
+
+  int64_t size() const { return count_; }
+  int64_t offset(int64_t i) const { return offset_[i]; }
+  acc_t weight(int64_t i) const { return weight_[i]; }
+
+ private:
+  int64_t count_ = 0;
+  std::vector<SampleBlock<acc_t>> blocks_;
+  std::vector<int64_t> offset_;
+  std::vector<acc_t> weight_;
 };
 
-// Call visit(first channel, number of vectors as a constant, channels in the last of them) for all channels.
+// Call visit(first channel, number of vectors as a constant, channels in the last of them) until all are visited.
 template <typename acc_t, typename Visit>
-inline void for_channel_blocks(int64_t begin, int64_t end, Visit visit) {
+inline void for_channel_blocks(int64_t channels, Visit visit) {
   constexpr int64_t lanes = num_lanes<acc_t>;
-  while (begin < end) {
-    const int64_t left = end - begin;
-    if (left >= 4 * lanes) {
-      visit(begin, std::integral_constant<int64_t, 4>{}, lanes);
-      begin += 4 * lanes;
-    } else if (left >= 2 * lanes) {
-      visit(begin, std::integral_constant<int64_t, 2>{}, lanes);
-      begin += 2 * lanes;
-    } else {
-      visit(begin, std::integral_constant<int64_t, 1>{}, std::min(left, lanes));
-      begin += lanes;
-    }
+  int64_t begin = 0;
+  for (; channels - begin >= 4 * lanes; begin += 4 * lanes) {
+    visit(begin, std::integral_constant<int64_t, 4>{}, lanes);
+  }
+  for (; channels - begin >= 2 * lanes; begin += 2 * lanes) {
+    visit(begin, std::integral_constant<int64_t, 2>{}, lanes);
+  }
+  for (; begin < channels; begin += lanes) {
+    visit(begin, std::integral_constant<int64_t, 1>{}, std::min(channels - begin, lanes));
   }
 }
 
@@ -123,33 +202,23 @@ void forward(const Tensor& value, const Tensor& locations, const Tensor& attenti
   constexpr int64_t lanes = num_lanes<acc_t>;
   const scalar_t* rows = value.const_data_ptr<scalar_t>();
   const acc_t* location = locations.const_data_ptr<acc_t>();
-  const acc_t* weight = attention.const_data_ptr<acc_t>();
+  const acc_t* share = attention.const_data_ptr<acc_t>();
   scalar_t* out = output.mutable_data_ptr<scalar_t>();
-  // Queries of a head follow each other: its rows stay in the cache.
   torch::stable::parallel_for(0, sizes.batch * sizes.heads * sizes.queries, 64, [&](int64_t begin, int64_t end) {
-    RowList<acc_t> list(sizes);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t query = item % sizes.queries, head = item / sizes.queries % sizes.heads;
-      const int64_t image = item / sizes.queries / sizes.heads;
-      const int64_t sample = sizes.first_sample(image, query, head);
-      list.fill(sizes, location + sample * 3, weight + sample);
-      const scalar_t* base = rows + image * sizes.rows * sizes.row_stride() + head * sizes.channels;
-      scalar_t* target = out + ((image * sizes.queries + query) * sizes.heads + head) * sizes.channels;
-      for_channel_blocks<acc_t>(0, sizes.channels, [&](int64_t channel, auto vectors, int64_t last) {
+    RowList<acc_t> list(sizes, sizes.row_stride());
+    for (int64_t index = begin; index < end; ++index) {
+      const Item item(index, sizes);
+      list.fill(location + item.first_sample * 3, share + item.first_sample);
+      for_channel_blocks<acc_t>(sizes.channels, [&](int64_t channel, auto vectors, int64_t last) {
+        const scalar_t* base = rows + item.first_row_channel + channel;
         Vec<acc_t> sum[vectors.value] = {};
-        for (int64_t i = 0; i < list.count; ++i) {
-          const scalar_t* row = base + list.row[i] * sizes.row_stride() + channel;
+        for (int64_t i = 0; i < list.size(); ++i) {
           for (int64_t v = 0; v < vectors.value; ++v) {
-            sum[v] += list.weight[i] *
-                      (vectors.value == 1 ? load_some_lanes<acc_t>(row, last) : load_lanes<acc_t>(row + v * lanes));
+            sum[v] += list.weight(i) * load_some_lanes<acc_t>(base + list.offset(i) + v * lanes, last);
           }
         }
         for (int64_t v = 0; v < vectors.value; ++v) {
-          if (vectors.value == 1 && last < lanes) {
-            store_some_lanes<acc_t>(target + channel, sum[v], last);
-          } else {
-            store_lanes<acc_t>(target + channel + v * lanes, sum[v]);
-          }
+          store_some_lanes<acc_t>(out + item.first_output + channel + v * lanes, sum[v], last);
         }
       });
     }
@@ -165,52 +234,51 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
   const scalar_t* rows = value.const_data_ptr<scalar_t>();
   const scalar_t* grads = grad.const_data_ptr<scalar_t>();
   const acc_t* location = locations.const_data_ptr<acc_t>();
-  const acc_t* weight = attention.const_data_ptr<acc_t>();
+  const acc_t* share = attention.const_data_ptr<acc_t>();
   acc_t* grad_location = grad_locations.mutable_data_ptr<acc_t>();
-  acc_t* grad_weight = grad_attention.mutable_data_ptr<acc_t>();
+  acc_t* grad_share = grad_attention.mutable_data_ptr<acc_t>();
   torch::stable::parallel_for(0, sizes.batch * sizes.heads * sizes.queries, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t query = item % sizes.queries, head = item / sizes.queries % sizes.heads;
-      const int64_t image = item / sizes.queries / sizes.heads;
-      const scalar_t* base = rows + image * sizes.rows * sizes.row_stride() + head * sizes.channels;
-      const scalar_t* grad_row = grads + ((image * sizes.queries + query) * sizes.heads + head) * sizes.channels;
-      int64_t s = sizes.first_sample(image, query, head);
-      for (const Level& level : sizes.levels) {
-        for (int64_t p = 0; p < sizes.points; ++p, ++s) {
-          const Sample<acc_t> sample(level, location + s * 3);
-          // Row c of the square holds the lanes of corner c's product; the sum over its columns is the vector of
-          // products.
-          static_assert(lanes >= kCorners);
-          Vec<acc_t> square[lanes] = {};
-          for (int64_t corner = 0; corner < kCorners; ++corner) {
-            if (!sample.is_inside(corner)) {
-              continue;
-            }
-            const scalar_t* row = base + sample.row_of(corner) * sizes.row_stride();
-            for_channel_blocks<acc_t>(0, sizes.channels, [&](int64_t channel, auto vectors, int64_t last) {
-              for (int64_t v = 0; v < vectors.value; ++v) {
-                const int64_t at = channel + v * lanes, count = vectors.value == 1 ? last : lanes;
-                square[corner] +=
-                    load_some_lanes<acc_t>(grad_row + at, count) * load_some_lanes<acc_t>(row + at, count);
+    auto blocks = make_blocks<acc_t>(sizes, sizes.row_stride());
+    for (int64_t index = begin; index < end; ++index) {
+      const Item item(index, sizes);
+      for (auto& block : blocks) {
+        const int64_t first = item.first_sample + block.first;
+        block.place(location + first * 3);
+        Vec<acc_t> products[kCorners] = {};
+        for_channel_blocks<acc_t>(sizes.channels, [&](int64_t channel, auto vectors, int64_t last) {
+          const scalar_t* base = rows + item.first_row_channel + channel;
+          Vec<acc_t> grad_lanes[vectors.value];
+          for (int64_t v = 0; v < vectors.value; ++v) {
+            grad_lanes[v] = load_some_lanes<acc_t>(grads + item.first_output + channel + v * lanes, last);
+          }
+          for (int64_t c = 0; c < kCorners; ++c) {
+            Vec<acc_t> square[lanes];  // row i holds the lanes of sample i's product
+            for (int64_t i = 0; i < lanes; ++i) {
+              // A corner that is outside reads the first row, and forgets it below.
+              const scalar_t* row = base + (block.inside[i] >> c & 1 ? block.row[i] + block.corner_offset[i][c] : 0);
+              square[i] = grad_lanes[0] * load_some_lanes<acc_t>(row, last);
+              for (int64_t v = 1; v < vectors.value; ++v) {
+                square[i] += grad_lanes[v] * load_some_lanes<acc_t>(row + v * lanes, last);
               }
-            });
+            }
+            products[c] += sums_of_rows<acc_t>(square);
           }
-          transpose<acc_t>(square);
-          Vec<acc_t> product = square[0];
-          for (int64_t i = 1; i < lanes; ++i) {
-            product += square[i];
-          }
-          acc_t of_weight = 0, of_location[3] = {};
-          for (int64_t corner = 0; corner < kCorners; ++corner) {
-            const acc_t z = sample.weight(0, corner), y = sample.weight(1, corner), x = sample.weight(2, corner);
-            of_weight += z * y * x * product[corner];
-            of_location[0] += (corner & 4 ? product[corner] : -product[corner]) * y * x;
-            of_location[1] += (corner & 2 ? product[corner] : -product[corner]) * z * x;
-            of_location[2] += (corner & 1 ? product[corner] : -product[corner]) * z * y;
-          }
-          grad_weight[s] = of_weight;
-          for (int a = 0; a < 3; ++a) {
-            grad_location[s * 3 + a] = of_location[a] * weight[s] * static_cast<acc_t>(level.size[a]);
+        });
+        Vec<acc_t> of_share = {}, of_position[3] = {};
+        for (int64_t c = 0; c < kCorners; ++c) {
+          const Vec<acc_t> product = (block.inside & (1 << c)) != 0 ? products[c] : Vec<acc_t>{};
+          const Vec<acc_t> z = block.weight[0][c >> 2], y = block.weight[1][c >> 1 & 1], x = block.weight[2][c & 1];
+          of_share += product * (z * y * x);
+          of_position[0] += (c & 4 ? product : -product) * (y * x);
+          of_position[1] += (c & 2 ? product : -product) * (z * x);
+          of_position[2] += (c & 1 ? product : -product) * (z * y);
+        }
+        store_some_lanes<acc_t>(grad_share + first, of_share, block.count);
+        const Vec<acc_t> shares = load_some_lanes<acc_t>(share + first, block.count);
+        for (int axis = 0; axis < 3; ++axis) {
+          const Vec<acc_t> of_location = of_position[axis] * shares * block.size[axis];
+          for (int64_t i = 0; i < block.count; ++i) {
+            grad_location[(first + i) * 3 + axis] = of_location[i];
           }
         }
       }
@@ -226,60 +294,51 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
   constexpr bool is_exact = std::is_same_v<scalar_t, acc_t>;
   const scalar_t* grads = grad.const_data_ptr<scalar_t>();
   const acc_t* location = locations.const_data_ptr<acc_t>();
-  const acc_t* weight = attention.const_data_ptr<acc_t>();
+  const acc_t* share = attention.const_data_ptr<acc_t>();
   scalar_t* out = grad_value.mutable_data_ptr<scalar_t>();
-  const int64_t num_threads = torch::stable::get_num_threads(), heads = sizes.batch * sizes.heads;
-  const int64_t most_parts = std::max<int64_t>(1, sizes.channels / lanes);
-  const int64_t num_parts = std::min(most_parts, (num_threads + heads - 1) / std::max<int64_t>(heads, 1));
-  const int64_t part_channels = (sizes.channels / num_parts + lanes - 1) / lanes * lanes;
-  torch::stable::parallel_for(0, heads * num_parts, 1, [&](int64_t begin, int64_t end) {
-    RowList<acc_t> list(sizes);
-    std::vector<acc_t> sums;  // half types are rounded once
+  const int64_t num_threads = torch::stable::get_num_threads(), num_heads = sizes.batch * sizes.heads;
+  const int64_t num_vectors = (sizes.channels + lanes - 1) / lanes;
+  const int64_t num_parts = std::clamp<int64_t>((num_threads + num_heads - 1) / std::max<int64_t>(num_heads, 1), 1,
+                                                std::max<int64_t>(num_vectors, 1));
+  const int64_t part = (num_vectors + num_parts - 1) / num_parts * lanes;  // channels of a part
+  torch::stable::parallel_for(0, num_heads * num_parts, 1, [&](int64_t begin, int64_t end) {
+    // Half types are rounded once, after the last query.
+    std::vector<acc_t> sums(is_exact ? 0 : sizes.rows * part);
+    RowList<acc_t> list(sizes, is_exact ? sizes.row_stride() : part);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t head = unit / num_parts % sizes.heads, image = unit / num_parts / sizes.heads;
-      const int64_t first = unit % num_parts * part_channels,
-                    last_channel = std::min(sizes.channels, first + part_channels);
-      if (first >= last_channel) {
+      const int64_t image = unit / num_parts / sizes.heads, head = unit / num_parts % sizes.heads;
+      const int64_t first = unit % num_parts * part, channels = std::min(part, sizes.channels - first);
+      if (channels <= 0) {
         continue;
       }
-      scalar_t* target = out + image * sizes.rows * sizes.row_stride() + head * sizes.channels + first;
+      scalar_t* const target = out + Item(image, head, 0, sizes).first_row_channel + first;
       acc_t* sum;
-      int64_t stride;
       if constexpr (is_exact) {
         sum = target;
-        stride = sizes.row_stride();
       } else {
-        stride = last_channel - first;
-        sums.assign(sizes.rows * stride, acc_t(0));
+        std::fill(sums.begin(), sums.end(), acc_t(0));
         sum = sums.data();
       }
       for (int64_t query = 0; query < sizes.queries; ++query) {
-        const int64_t sample = sizes.first_sample(image, query, head);
-        list.fill(sizes, location + sample * 3, weight + sample);
-        const scalar_t* grad_row =
-            grads + ((image * sizes.queries + query) * sizes.heads + head) * sizes.channels + first;
-        for_channel_blocks<acc_t>(0, last_channel - first, [&](int64_t channel, auto vectors, int64_t last) {
+        const Item item(image, head, query, sizes);
+        list.fill(location + item.first_sample * 3, share + item.first_sample);
+        for_channel_blocks<acc_t>(channels, [&](int64_t channel, auto vectors, int64_t last) {
           Vec<acc_t> grad_lanes[vectors.value];
           for (int64_t v = 0; v < vectors.value; ++v) {
-            grad_lanes[v] = load_some_lanes<acc_t>(grad_row + channel + v * lanes, vectors.value == 1 ? last : lanes);
+            grad_lanes[v] = load_some_lanes<acc_t>(grads + item.first_output + first + channel + v * lanes, last);
           }
-          for (int64_t i = 0; i < list.count; ++i) {
-            acc_t* row = sum + list.row[i] * stride + channel;
+          for (int64_t i = 0; i < list.size(); ++i) {
             for (int64_t v = 0; v < vectors.value; ++v) {
-              if (vectors.value == 1 && last < lanes) {
-                store_some_lanes<acc_t>(row, load_some_lanes<acc_t>(row, last) + list.weight[i] * grad_lanes[v], last);
-              } else {
-                store_lanes<acc_t>(row + v * lanes,
-                                   load_lanes<acc_t>(row + v * lanes) + list.weight[i] * grad_lanes[v]);
-              }
+              acc_t* row = sum + list.offset(i) + channel + v * lanes;
+              store_some_lanes<acc_t>(row, load_some_lanes<acc_t>(row, last) + list.weight(i) * grad_lanes[v], last);
             }
           }
         });
       }
       if constexpr (!is_exact) {
         for (int64_t row = 0; row < sizes.rows; ++row) {
-          for (int64_t c = 0; c < stride; ++c) {
-            target[row * sizes.row_stride() + c] = static_cast<scalar_t>(sums[row * stride + c]);
+          for (int64_t c = 0; c < channels; ++c) {
+            target[row * sizes.row_stride() + c] = static_cast<scalar_t>(sums[row * part + c]);
           }
         }
       }

@@ -126,11 +126,7 @@ void scatter_row(const acc_t* source, scalar_t* target, int64_t channel_stride, 
     if constexpr (add) {
       lanes += load_some_lanes<acc_t>(place, count);
     }
-    if (count == num_lanes<acc_t>) {
-      store_lanes<acc_t>(place, lanes);
-    } else {
-      store_some_lanes<acc_t>(place, lanes, count);
-    }
+    store_some_lanes<acc_t>(place, lanes, count);
   };
   if constexpr (L == 1) {
     for (int64_t x = 0; x < extent; ++x) {
