@@ -34,7 +34,7 @@ struct Box {
   bool is_better_than(const Box& other) const { return key != other.key ? key < other.key : index < other.index; }
   double extent(int axis) const { return static_cast<double>(high[axis]) - static_cast<double>(low[axis]); }
   double centre(int axis) const { return 0.5 * static_cast<double>(low[axis]) + 0.5 * static_cast<double>(high[axis]); }
-  double volume() const { return extent(0) * extent(1) * extent(2); }
+  double volume() const { return std::max(extent(0), 0.0) * std::max(extent(1), 0.0) * std::max(extent(2), 0.0); }
 };
 
 // Boxes [begin, kept_end) are kept, [next, end) are undecided, each run from best to worst.
@@ -178,8 +178,9 @@ class BoxGrid {
     uint32_t num_buckets = 0;
     for (SizeClass& own : classes) {
       for (int axis = 0; axis < 3; ++axis) {
-        // As wide as the range of a box of mean extent. Cells beyond 1e12 would be below the precision of centres.
-        const double width = reach_ * (own.largest[axis] + own.total[axis] / own.num_boxes);
+        // One and a half times what a box of mean extent looks at, which measured best. Cells beyond 1e12 would be
+        // below the precision of centres.
+        const double width = 1.5 * reach_ * (own.largest[axis] + own.total[axis] / own.num_boxes);
         own.cells_per_voxel[axis] = 1 / std::clamp(width, std::max(own.farthest[axis] * 1e-12, 1e-290), 1e300);
       }
       const uint32_t size = std::bit_ceil(own.num_boxes);
@@ -190,12 +191,12 @@ class BoxGrid {
       own.first_bucket = num_buckets;
       num_buckets += size;
       for (uint32_t i = 0; i < classes.size(); ++i) {
-        double most = 1;
+        double best_iou = 1;
         for (int axis = 0; axis < 3; ++axis) {
-          most *= std::min(
-              {1.0, classes[i].largest[axis] / own.smallest[axis], own.largest[axis] / classes[i].smallest[axis]});
+          best_iou = std::min(
+              {best_iou, classes[i].largest[axis] / own.smallest[axis], own.largest[axis] / classes[i].smallest[axis]});
         }
-        if (most >= threshold) {
+        if (best_iou >= threshold) {
           own.meets.push_back(i);
         }
       }
@@ -203,28 +204,28 @@ class BoxGrid {
     buckets.assign(num_buckets, Bucket{});
   }
 
-  // A counting sort by bucket, then a sort by score within each.
   void fill(std::span<const Box<T>> unsorted, const std::vector<uint16_t>& class_of) {
-    std::vector<uint32_t> bucket_of(unsorted.size());
-    for (size_t i = 0; i < unsorted.size(); ++i) {
+    const uint32_t count = static_cast<uint32_t>(unsorted.size());
+    std::vector<Keyed<uint32_t>> by_bucket(count);
+    for (uint32_t i = 0; i < count; ++i) {
       const Box<T>& box = unsorted[i];
       const SizeClass& own = classes[class_of[i]];
-      bucket_of[i] = own.bucket(own.cell(box.centre(0), 0), own.cell(box.centre(1), 1), own.cell(box.centre(2), 2));
-      ++buckets[bucket_of[i]].end;
+      by_bucket[i] = {own.bucket(own.cell(box.centre(0), 0), own.cell(box.centre(1), 1), own.cell(box.centre(2), 2)),
+                      i};
     }
-    uint32_t begin = 0;
-    for (Bucket& bucket : buckets) {
-      const uint32_t end = begin + bucket.end;
-      bucket = {begin, begin, begin, begin};
-      begin = end;
+    radix_sort(by_bucket);
+    boxes = std::make_unique_for_overwrite<Box<T>[]>(count);
+    for (uint32_t i = 0; i < count; ++i) {
+      boxes[i] = unsorted[by_bucket[i].index];
     }
-    boxes = std::make_unique_for_overwrite<Box<T>[]>(unsorted.size());
-    for (size_t i = 0; i < unsorted.size(); ++i) {
-      boxes[buckets[bucket_of[i]].end++] = unsorted[i];
-    }
-    for (const Bucket& bucket : buckets) {
-      std::sort(&boxes[bucket.begin], &boxes[bucket.end],
-                [](const Box<T>& a, const Box<T>& b) { return a.is_better_than(b); });
+    uint32_t end = 0;
+    for (uint32_t i = 0; i < buckets.size(); ++i) {
+      const uint32_t begin = end;
+      while (end < count && by_bucket[end].key == i) {
+        ++end;
+      }
+      buckets[i] = {begin, begin, begin, end};
+      std::sort(&boxes[begin], &boxes[end], [](const Box<T>& a, const Box<T>& b) { return a.is_better_than(b); });
     }
   }
 };

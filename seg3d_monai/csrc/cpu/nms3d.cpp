@@ -67,13 +67,21 @@ void suppress_few(std::span<Box<T>> boxes, double iou_threshold, uint8_t* kept) 
 template <typename T>
 class GridSuppression {
  public:
-  GridSuppression(std::span<const Box<T>> boxes, double iou_threshold)
-      : grid_(boxes, iou_threshold), iou_threshold_(iou_threshold) {}
-
-  void run(uint8_t* kept) {
+  // Sets kept[index] for the boxes that are kept.
+  GridSuppression(std::span<const Box<T>> boxes, double iou_threshold, uint8_t* kept)
+      : grid_(boxes, iou_threshold), iou_threshold_(iou_threshold) {
+    // Each thread decides in its own run of buckets what waits for no bucket; then one thread decides the rest.
+    const int64_t num_buckets = static_cast<int64_t>(grid_.buckets.size());
+    torch::stable::parallel_for(0, num_buckets, 4096, [&](int64_t begin, int64_t end) { sweep(begin, end); });
+    const std::span<const Bucket> all = grid_.buckets;
     for (const SizeClass& size_class : grid_.classes) {
       for (uint32_t i = 0; i <= size_class.mask; ++i) {
-        decide({&grid_.buckets[size_class.first_bucket + i], &size_class}, kept);
+        decide({&grid_.buckets[size_class.first_bucket + i], &size_class}, all);
+      }
+    }
+    for (const Bucket& bucket : grid_.buckets) {
+      for (uint32_t i = bucket.begin; i < bucket.kept_end; ++i) {
+        kept[grid_.boxes[i].index] = 1;
       }
     }
   }
@@ -90,37 +98,55 @@ class GridSuppression {
 
   BoxGrid<T> grid_;
   double iou_threshold_;
-  std::vector<Place> stack_;
 
   const Box<T>& next_box(const Bucket& bucket) const { return grid_.boxes[bucket.next]; }
 
-  // Decides all boxes of a bucket. The next box of each place on the stack waits for better boxes of the place above.
-  // Scores rise along the stack, so no bucket is on it twice.
-  void decide(Place first, uint8_t* kept) {
-    stack_.push_back(first);
-    while (!stack_.empty()) {
-      Bucket& bucket = *stack_.back().bucket;
-      if (bucket.next == bucket.end ||
-          (stack_.size() > 1 && !next_box(bucket).is_better_than(next_box(*stack_[stack_.size() - 2].bucket)))) {
-        stack_.pop_back();
-        continue;
-      }
-      const Box<T> box = next_box(bucket);
-      Place awaited;
-      const Verdict verdict = judge(box, *stack_.back().size_class, awaited);
-      if (verdict == Verdict::kMustWait) {
-        stack_.push_back(awaited);
-        continue;
-      }
-      ++bucket.next;
-      if (verdict == Verdict::kKept) {
-        grid_.boxes[bucket.kept_end++] = box;
-        kept[box.index] = 1;
+  void sweep(int64_t begin, int64_t end) {
+    const std::span<const Bucket> mine(&grid_.buckets[begin], end - begin);
+    for (const SizeClass& size_class : grid_.classes) {
+      const int64_t first = size_class.first_bucket, last = first + size_class.mask;
+      for (int64_t i = std::max(begin, first); i <= std::min(end - 1, last); ++i) {
+        Bucket& bucket = grid_.buckets[i];
+        Place awaited;
+        while (bucket.next < bucket.end && decide_next(bucket, size_class, mine, awaited)) {
+        }
       }
     }
   }
 
-  Verdict judge(const Box<T>& box, const SizeClass& own, Place& awaited) {
+  // Decides all boxes of a bucket. The next box of each place on the stack waits for better boxes of the place above.
+  // Scores rise along the stack, so no bucket is on it twice.
+  void decide(Place first, std::span<const Bucket> all) {
+    std::vector<Place> stack{first};
+    while (!stack.empty()) {
+      Bucket& bucket = *stack.back().bucket;
+      if (bucket.next == bucket.end ||
+          (stack.size() > 1 && !next_box(bucket).is_better_than(next_box(*stack[stack.size() - 2].bucket)))) {
+        stack.pop_back();
+        continue;
+      }
+      Place awaited;
+      if (!decide_next(bucket, *stack.back().size_class, all, awaited)) {
+        stack.push_back(awaited);
+      }
+    }
+  }
+
+  // False if the bucket's next box has to wait for a place.
+  bool decide_next(Bucket& bucket, const SizeClass& own, std::span<const Bucket> readable, Place& awaited) {
+    const Box<T> box = next_box(bucket);
+    const Verdict verdict = judge(box, own, readable, awaited);
+    if (verdict == Verdict::kMustWait) {
+      return false;
+    }
+    ++bucket.next;
+    if (verdict == Verdict::kKept) {
+      grid_.boxes[bucket.kept_end++] = box;
+    }
+    return true;
+  }
+
+  Verdict judge(const Box<T>& box, const SizeClass& own, std::span<const Bucket> readable, Place& awaited) {
     for (const uint32_t other : own.meets) {
       const SizeClass& size_class = grid_.classes[other];
       const CellRange cells = grid_.near(box, size_class);
@@ -128,7 +154,8 @@ class GridSuppression {
         for (int64_t y = cells.first[1]; y <= cells.last[1]; ++y) {
           for (int64_t x = cells.first[2]; x <= cells.last[2]; ++x) {
             Bucket& bucket = grid_.buckets[size_class.bucket(z, y, x)];
-            const Verdict verdict = compare(box, bucket);
+            const bool is_readable = &bucket >= readable.data() && &bucket < readable.data() + readable.size();
+            const Verdict verdict = is_readable ? compare(box, bucket) : Verdict::kMustWait;
             if (verdict != Verdict::kKept) {
               awaited = {&bucket, &size_class};
               return verdict;
@@ -204,64 +231,63 @@ class Values {
   }
 };
 
-// Runs of equal keys are the groups.
-std::vector<Keyed<uint64_t>> sorted_by_group(const int64_t* group, uint32_t count) {
-  std::vector<Keyed<uint64_t>> members(count);
-  for (uint32_t i = 0; i < count; ++i) {
-    members[i] = {group == nullptr ? 0 : static_cast<uint64_t>(group[i]), i};
+template <typename T>
+Box<T> read_box(const Values<T>& corners, const Values<T>& scores, uint32_t index) {
+  Box<T> box;
+  bool is_finite = true;
+  for (int axis = 0; axis < 3; ++axis) {
+    box.low[axis] = corners[int64_t(index) * 6 + axis];
+    box.high[axis] = corners[int64_t(index) * 6 + axis + 3];
+    is_finite &= std::isfinite(box.low[axis]) && std::isfinite(box.high[axis]);
   }
-  radix_sort(members);
-  return members;
+  STD_TORCH_CHECK(is_finite, "nms3d: boxes must be finite; remove boxes with NaN or infinite corners");
+  STD_TORCH_CHECK(!std::isnan(scores[index]), "nms3d: scores must not be NaN");
+  box.key = descending_key(scores[index]);
+  box.index = index;
+  return box;
 }
 
 template <typename T>
-Tensor run(const Tensor& boxes, const Tensor& scores, const int64_t* group, double iou_threshold) {
-  const uint32_t count = static_cast<uint32_t>(boxes.size(0));
-  const Values<T> corners(boxes, "boxes"), score(scores, "scores");
-  const std::vector<Keyed<uint64_t>> members = sorted_by_group(group, count);
+Tensor run(const Tensor& box_tensor, const Tensor& score_tensor, const int64_t* group, double iou_threshold) {
+  const uint32_t count = static_cast<uint32_t>(box_tensor.size(0));
+  const Values<T> corners(box_tensor, "boxes"), scores(score_tensor, "scores");
+  std::vector<Keyed<uint64_t>> by_group;
+  if (group != nullptr) {
+    by_group.reserve(count);
+    for (uint32_t i = 0; i < count; ++i) {
+      by_group.push_back({static_cast<uint64_t>(group[i]), i});
+    }
+    radix_sort(by_group);
+  }
   std::vector<uint8_t> kept(count, 0);
-  std::vector<Keyed<sort_key_t<T>>> by_score(count);
-  std::vector<Box<T>> solid;
-  solid.reserve(count);
-  for (uint32_t begin = 0; begin < count;) {
+  std::vector<Box<T>> solid;  // of one group
+  solid.reserve(group == nullptr ? count : 0);
+  for (uint32_t begin = 0, end = 0; begin < count; begin = end) {
     solid.clear();
-    uint32_t end = begin;
-    for (; end < count && members[end].key == members[begin].key; ++end) {
-      const uint32_t index = members[end].index;
-      STD_TORCH_CHECK(!std::isnan(score[index]), "nms3d: scores must not be NaN");
-      Box<T> box;
-      box.key = descending_key(score[index]);
-      box.index = index;
-      bool is_solid = true;
-      for (int axis = 0; axis < 3; ++axis) {
-        box.low[axis] = corners[int64_t(index) * 6 + axis];
-        box.high[axis] = corners[int64_t(index) * 6 + axis + 3];
-        STD_TORCH_CHECK(std::isfinite(box.low[axis]) && std::isfinite(box.high[axis]),
-                        "nms3d: boxes must be finite; remove boxes with NaN or infinite corners");
-        is_solid &= box.low[axis] < box.high[axis];
-      }
-      // A volume that is 0 or overflows makes every IoU 0 or NaN, which is over no threshold.
-      if (is_solid && box.volume() > 0 && box.volume() <= std::numeric_limits<double>::max()) {
+    for (; end < count && (group == nullptr || by_group[end].key == by_group[begin].key); ++end) {
+      const Box<T> box = read_box(corners, scores, group == nullptr ? end : by_group[end].index);
+      // A volume that is zero or infinite makes every IoU zero or NaN, which is over no threshold.
+      if (box.volume() > 0 && box.volume() <= std::numeric_limits<double>::max()) {
         solid.push_back(box);
       } else {
-        kept[index] = 1;
+        kept[box.index] = 1;
       }
     }
     if (solid.size() <= 32) {
       suppress_few<T>(solid, iou_threshold, kept.data());
     } else {
-      GridSuppression<T>(solid, iou_threshold).run(kept.data());
+      GridSuppression<T>(solid, iou_threshold, kept.data());
     }
-    begin = end;
   }
-  by_score.clear();
+  std::vector<Keyed<sort_key_t<T>>> by_score;
+  by_score.reserve(count);
   for (uint32_t i = 0; i < count; ++i) {
     if (kept[i]) {
-      by_score.push_back({descending_key(score[i]), i});
+      by_score.push_back({descending_key(scores[i]), i});
     }
   }
   radix_sort(by_score);
-  Tensor result = torch::stable::new_empty(boxes, {static_cast<int64_t>(by_score.size())}, ScalarType::Long);
+  Tensor result = torch::stable::new_empty(box_tensor, {static_cast<int64_t>(by_score.size())}, ScalarType::Long);
   std::transform(by_score.begin(), by_score.end(), result.mutable_data_ptr<int64_t>(),
                  [](const auto& item) { return static_cast<int64_t>(item.index); });
   return result;
