@@ -82,17 +82,23 @@ class BoxGrid {
     fill(unsorted, class_of);
   }
 
-  // Where the centres of the boxes of `other` lie that can have an IoU over the threshold with `box`.
+  // Where the centres of the boxes of `other` lie that can have an IoU over the threshold with `box`: nowhere if even
+  // the largest ones that fit into the box or around it do not.
   CellRange near(const Box<T>& box, const SizeClass& other) const {
     CellRange range;
-    double num_cells = 1;
+    double num_cells = 1, most_common = 1, least_volume = 1;
     for (int axis = 0; axis < 3; ++axis) {
-      const double centre = box.centre(axis);
+      const double centre = box.centre(axis), extent = box.extent(axis);
+      most_common *= std::min(extent, other.largest[axis]);
+      least_volume *= other.smallest[axis];
       // Rounding of centres and extents must not lose a box.
-      const double distance = reach_ * (0.5 * box.extent(axis) + 0.5 * other.largest[axis]) + 1e-15 * std::abs(centre);
+      const double distance = reach_ * (0.5 * extent + 0.5 * other.largest[axis]) + 1e-15 * std::abs(centre);
       range.first[axis] = other.cell(centre - distance, axis);
       range.last[axis] = other.cell(centre + distance, axis);
       num_cells *= static_cast<double>(range.last[axis] - range.first[axis] + 1);
+    }
+    if (most_common < threshold_ * std::max(box.volume(), least_volume)) {
+      return {{0, 0, 0}, {-1, -1, -1}};
     }
     // More cells than buckets: each bucket once will do.
     return num_cells > static_cast<double>(other.mask) ? CellRange{{0, 0, 0}, {0, 0, static_cast<int64_t>(other.mask)}}
@@ -101,7 +107,8 @@ class BoxGrid {
 
  private:
   static constexpr int kClassesPerAxis = 8;
-  double reach_;  // (1 - t) / (1 + t), rounded up
+  double threshold_;  // t, rounded down
+  double reach_;      // (1 - t) / (1 + t), rounded up
 
   static int exponent(double extent) { return static_cast<int>(std::bit_cast<uint64_t>(extent) >> 52); }
 
@@ -170,11 +177,11 @@ class BoxGrid {
 
   void lay_out(double iou_threshold) {
     // The bounds on extents and distances hold but for rounding; where volumes could underflow, only for t = 0.
-    double threshold = iou_threshold * (1 - 1e-9);
+    threshold_ = iou_threshold * (1 - 1e-9);
     for (const SizeClass& own : classes) {
-      threshold = *std::min_element(own.smallest.begin(), own.smallest.end()) < 1e-100 ? 0 : threshold;
+      threshold_ = *std::min_element(own.smallest.begin(), own.smallest.end()) < 1e-100 ? 0 : threshold_;
     }
-    reach_ = (1 - threshold) / (1 + threshold) * (1 + 1e-9);
+    reach_ = (1 - threshold_) / (1 + threshold_) * (1 + 1e-9);
     uint32_t num_buckets = 0;
     for (SizeClass& own : classes) {
       for (int axis = 0; axis < 3; ++axis) {
@@ -196,7 +203,7 @@ class BoxGrid {
           best_iou = std::min(
               {best_iou, classes[i].largest[axis] / own.smallest[axis], own.largest[axis] / classes[i].smallest[axis]});
         }
-        if (best_iou >= threshold) {
+        if (best_iou >= threshold_) {
           own.meets.push_back(i);
         }
       }
