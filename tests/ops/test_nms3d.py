@@ -95,6 +95,144 @@ def test_one_long_box_among_short_ones():
         assert nms3d(boxes, scores, 0.01).tolist() == naive_oracle.nms(boxes, scores, [0] * 120, 0.01)
 
 
+def random_scores(count, seed):
+    """Scores with ties, infinities and both zeros."""
+    scores = torch.randn(count, generator=torch.Generator().manual_seed(seed)).mul(4).round() / 4
+    scores[::11], scores[1::17], scores[2::19] = 0.0, torch.inf, -torch.inf
+    return torch.where((scores == 0) & (torch.arange(count) % 2 == 1), -0.0, scores)
+
+
+def hard_layouts():
+    """Names and boxes (float64, [120, 6]) of layouts that spoil a grid, a sweep or a recursion."""
+    generator = torch.Generator().manual_seed(11)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(120, 3, generator=generator, dtype=torch.float64)
+
+    centres, sides = uniform(0.0, 50.0) * torch.tensor([0.4, 1.0, 1.3]), uniform(5.0, 25.0)
+    index = torch.arange(120, dtype=torch.float64)[:, None]
+    one_long_axis = torch.where(index.long() % 3 == torch.arange(3), 300.0, 3.0)
+    outliers = centres.clone()
+    outliers[::40] = torch.tensor([[1e30, -1e30, 1e6]], dtype=torch.float64)
+    one_huge = sides.clone()
+    one_huge[70] = 1e4
+    layouts = {
+        "crowded": (centres, sides),
+        "identical": (torch.ones(120, 3), torch.full((120, 3), 4.0)),
+        "concentric": (torch.zeros(120, 3), sides),
+        "one huge": (centres, one_huge),
+        "three decades": (centres, 10 ** uniform(-0.5, 2.5)),
+        "three decades, cubes": (centres, 10 ** uniform(-0.5, 2.5)[:, :1].expand(120, 3)),
+        "thirty decades": (centres, 10 ** uniform(-15.0, 15.0)),
+        "flat": (centres * torch.tensor([0.0, 1.0, 1.0]), sides * torch.tensor([0.01, 1.0, 1.0])),
+        "long": (centres, one_long_axis + uniform(0.0, 1.0)),
+        "outliers": (outliers, sides),
+        "far away": (centres + torch.tensor([-1e6, 1e6, 1e6]), sides),
+        "very large": (centres * 1e30, sides * 1e30),
+        "very small": (centres * 1e-30, sides * 1e-30),
+        "volumes near underflow": (centres * 1e-104, sides * 1e-104),
+        "diagonal": (index.expand(120, 3) * 3, sides),
+        "two clumps": (torch.where(index % 2 == 0, 0.0, 4.0).expand(120, 3), torch.full((120, 3), 16.0)),
+        "clusters": (uniform(0.0, 2.0) + 100 * (index % 3), torch.full((120, 3), 16.0)),
+    }
+    return {name: torch.cat([c - s / 2, c + s / 2], 1).double() for name, (c, s) in layouts.items()}
+
+
+@pytest.mark.parametrize("name", hard_layouts())
+def test_hard_layouts_equal_the_naive_loop(name):
+    boxes = hard_layouts()[name]
+    group = torch.arange(120) * 7 % 2
+    for seed, threshold in enumerate((0.0, 0.01, 0.1, 0.5, 0.9, 1.0)):
+        scores = random_scores(120, seed)
+        assert nms3d(boxes, scores, threshold).tolist() == naive_oracle.nms(boxes, scores, [0] * 120, threshold)
+        assert batched_nms3d(boxes, scores, group, threshold).tolist() == naive_oracle.nms(
+            boxes, scores, group.tolist(), threshold
+        )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_layouts_equal_the_naive_loop(seed):
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(1, 130, (), generator=generator))
+
+    def draw(*choices):
+        return choices[int(torch.randint(0, len(choices), (), generator=generator))]
+
+    spread = torch.tensor([draw(0.0, 3.0, 30.0, 300.0) for _ in range(3)])
+    decades = draw(0.0, 0.5, 2.0)
+    extent = 10 ** (1 + decades * (torch.rand(count, draw(1, 3), generator=generator) - 0.5)).expand(count, 3)
+    low = torch.rand(count, 3, generator=generator) * spread - extent / 2 + draw(0.0, 0.0, 4096.0)
+    boxes = torch.cat([low, low + extent], 1).to(draw(torch.float64, torch.float32, torch.bfloat16))
+    scores = random_scores(count, seed).to(draw(torch.float64, torch.float32, torch.float16))
+    group = torch.randint(0, draw(1, 3, 40), (count,), generator=generator)
+    threshold = draw(0.0, 0.02, 0.2, 0.5, 0.8)
+    assert batched_nms3d(boxes, scores, group, threshold).tolist() == naive_oracle.nms(
+        boxes, scores, group.tolist(), threshold
+    )
+
+
+def test_crossing_boxes_meet_although_they_differ_on_every_axis():
+    # Two bars 1 x 9 x 9 and 9 x 1 x 9 have 9 of 153 voxels in common, and many others keep them from being a few.
+    low = torch.tensor([[0.0, 0, 0], [-4, 4, 0]]).repeat(40, 1) + 100 * torch.arange(80)[:, None].div(2).floor()
+    boxes = torch.cat([low, low + torch.tensor([[1.0, 9, 9], [9, 1, 9]]).repeat(40, 1)], 1)
+    assert nms3d(boxes, -torch.arange(80.0), 0.058).tolist() == list(range(0, 80, 2))
+    assert nms3d(boxes, -torch.arange(80.0), 9 / 153).tolist() == list(range(80))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("rising", [True, False])
+def test_a_chain_through_all_boxes(kernels, axis, rising):
+    # Neighbours have IoU 3/5, next ones 1/3, so every other box stays, counted from the best, which is at an end.
+    count = 20001 if kernels == "compiled" else 301  # the reference is quadratic here
+    low = torch.zeros(count, 3)
+    low[:, axis] = torch.arange(count)
+    boxes = torch.cat([low, low + 4], 1)
+    scores = torch.arange(float(count)) * (1 if rising else -1)
+    expected = list(range(count))[:: -2 if rising else 2]
+    assert nms3d(boxes, scores, 0.5).tolist() == expected
+
+
+def test_copies_of_a_scene_far_apart_do_not_see_each_other():
+    boxes, _, _ = make_boxes(100, seed=3)
+    boxes = boxes.mul(64).round().div(64).double()  # so that moving them by integers is exact
+    generator = torch.Generator().manual_seed(5)
+    offset = torch.cartesian_prod(*[torch.arange(n) * step for n, step in ((3, 17), (4, 47), (5, 1000))]).double()
+    copies = (boxes[None] + torch.cat([offset, offset], 1)[:, None]).reshape(-1, 6)
+    scores = torch.rand(len(offset), 100, generator=generator)
+    expected = [
+        100 * copy + kept
+        for copy, score in enumerate(scores)
+        for kept in naive_oracle.nms(boxes, score, [0] * 100, 0.15)
+    ]
+    flat = scores.flatten()
+    expected.sort(key=lambda i: (-flat[i].item(), i))
+    assert nms3d(copies, flat, 0.15).tolist() == expected
+    each_its_own = torch.arange(len(offset)).repeat_interleave(100)
+    assert batched_nms3d(boxes.repeat(len(offset), 1), flat, each_its_own, 0.15).tolist() == expected
+
+
+def test_each_box_its_own_group():
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 2.0, 3.0, 4.0]]).repeat(500, 1)
+    scores = random_scores(500, 0)
+    expected = sorted(range(500), key=lambda i: (-scores[i].item(), i))
+    assert batched_nms3d(boxes, scores, torch.arange(500) * 3 - 700, 0.0).tolist() == expected
+
+
+def test_zeros_of_both_signs_are_one_score_and_infinities_are_scores():
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 2.0, 3.0, 4.0]]).repeat(6, 1)
+    scores = torch.tensor([-torch.inf, -0.0, 0.0, -0.0, torch.inf, torch.inf])
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert nms3d(boxes, scores.to(dtype), 1.0).tolist() == [4, 5, 1, 2, 3, 0]
+        assert nms3d(boxes, scores.to(dtype), 0.5).tolist() == [4]
+
+
+def test_scores_keep_their_precision_beside_boxes_of_another_dtype():
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 2.0, 3.0, 4.0]]).repeat(3, 1)
+    scores = torch.tensor([0.5, 0.5 + 1e-12, 0.5 - 1e-12], dtype=torch.float64)
+    assert nms3d(boxes.half(), scores, 1.0).tolist() == [1, 0, 2]
+    assert nms3d(boxes.double(), scores.float(), 1.0).tolist() == [0, 1, 2]
+
+
 def test_zero_and_one_box():
     empty = nms3d(torch.zeros(0, 6), torch.zeros(0), 0.5)
     assert (empty.shape, empty.dtype) == ((0,), torch.int64)
