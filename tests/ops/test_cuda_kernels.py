@@ -1,0 +1,76 @@
+"""The bodies of the CUDA kernels, run thread by thread on the CPU under sanitizers, against the naive loops."""
+
+import itertools
+
+import pytest
+import shim_runner
+import torch
+from roi_align3d_cases import BOXES, IMAGES, SIZE, Pooling, poolings, tolerance
+
+COUNT = itertools.count()
+
+
+def as_stored(tensor, channels_last):
+    """The values in the order in which they lie in memory."""
+    return tensor.permute(0, 2, 3, 4, 1).contiguous() if channels_last else tensor.contiguous()
+
+
+def restored(values, shape, channels_last):
+    n, c, d, h, w = shape
+    return values.reshape(n, d, h, w, c).permute(0, 4, 1, 2, 3) if channels_last else values.reshape(shape)
+
+
+def run_roi_align(folder, pooling, source, channels_last, backward=False, boxes=BOXES, images=IMAGES, **values):
+    dtype = source.dtype
+    coordinates = torch.float64 if dtype == torch.float64 else values.pop("coordinates", torch.float32)
+    size = SIZE if backward else source.shape[2:]
+    geometry = {
+        f"{name}_{axis}": value[i]
+        for name, value in (("size", size), ("out", pooling.out), ("scale", pooling.scale))
+        for i, axis in enumerate("zyx")
+    }
+    row = 2 if dtype == torch.float64 else 4
+    wide = pooling.channels % row == 0 and pooling.channels >= 16 * row if channels_last else pooling.channels > 1
+    arguments = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "coordinates": str(coordinates).removeprefix("torch."),
+        "channels_last": channels_last,
+        "backward": backward,
+        "wide": wide and coordinates == torch.promote_types(dtype, torch.float32),
+        "num_images": 2,
+        "channels": pooling.channels,
+        "num_boxes": len(boxes),
+        "sampling_ratio": pooling.sampling_ratio,
+        "aligned": pooling.aligned,
+        "blocks": 5,
+        "seed": next(COUNT),
+        **geometry,
+        **values,
+    }
+    arrays = {"source": as_stored(source, channels_last), "boxes": boxes.to(coordinates), "batch_index": images}
+    result = shim_runner.run("run_roi_align3d", folder / str(arguments["seed"]), arrays, **arguments)
+    out_dtype = torch.promote_types(dtype, torch.float32) if backward else dtype
+    shape = (2, pooling.channels, *size) if backward else (len(boxes), pooling.channels, *pooling.out)
+    return restored(result.array("result", out_dtype), shape, channels_last), result
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@poolings
+def test_roi_align3d_equals_the_naive_loop(tmp_path, pooling, channels_last):
+    for dtype in (torch.float64, torch.float32) if pooling.channels < 64 else (torch.float32, torch.bfloat16):
+        features = pooling.features().to(dtype)
+        pooled, _ = run_roi_align(tmp_path, pooling, features, channels_last)
+        close = tolerance(dtype)
+        boxes = BOXES.to(torch.promote_types(dtype, torch.float32))
+        torch.testing.assert_close(pooled.double(), pooling.pooled(features, boxes), rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@poolings
+def test_roi_align3d_backward_is_the_transpose(tmp_path, pooling, channels_last):
+    for dtype in (torch.float64, torch.float32) if pooling.channels < 64 else (torch.float32, torch.bfloat16):
+        grad = pooling.grad().to(dtype)
+        gradient, _ = run_roi_align(tmp_path, pooling, grad, channels_last, backward=True)
+        close = 1e-12 if dtype == torch.float64 else 1e-4  # sums are in float32 for half types as well
+        boxes = BOXES.to(torch.promote_types(dtype, torch.float32))
+        torch.testing.assert_close(gradient.double(), pooling.gradient(grad, boxes), rtol=close, atol=close)
