@@ -66,14 +66,12 @@ __device__ inline void store_row(scalar_t* to, const accumulate_t<scalar_t> (&va
 template <int width, typename acc_t>
 __device__ inline void add_row(acc_t* to, acc_t weight, const acc_t (&values)[width]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr bool has_row_sum = width == 4 && std::is_same_v<acc_t, float>;
-#else
-  constexpr bool has_row_sum = false;
-#endif
-  if constexpr (has_row_sum) {
+  if constexpr (width == 4 && std::is_same_v<acc_t, float>) {
     atomicAdd(reinterpret_cast<float4*>(to),
               float4{weight * values[0], weight * values[1], weight * values[2], weight * values[3]});
-  } else {
+  } else
+#endif
+  {
 #pragma unroll
     for (int i = 0; i < width; ++i) {
       atomicAdd(to + i, weight * values[i]);
