@@ -1,4 +1,4 @@
-"""RoIAlign and NMS as plain loops over Python floats, written from their definitions and not from the package."""
+"""RoIAlign, deformable attention and NMS as plain loops over Python floats, written from their definitions and not from the package."""
 
 import math
 
@@ -54,6 +54,26 @@ def trilinear(volume, position, size):
             weight *= fraction if corner[axis] else 1 - fraction
         value += weight * volume[:, *voxel]
     return value
+
+
+def ms_deform_attn(value, shapes, locations, weights):
+    """value [N, S, M, Dh], locations [N, Lq, M, L, P, 3], weights [N, Lq, M, L, P] -> [N, Lq, M * Dh], float64."""
+    num_images, _, heads, channels = value.shape
+    num_queries = locations.shape[1]
+    result = np.zeros((num_images, num_queries, heads, channels))
+    for n, q, m, level, point in np.ndindex(weights.shape):
+        start = sum(math.prod(shape) for shape in shapes[:level])
+        size = shapes[level]
+        position = [float(f) * s - 0.5 for f, s in zip(locations[n, q, m, level, point], size, strict=True)]
+        if not all(-1 <= p < s for p, s in zip(position, size, strict=True)):  # far outside, or NaN
+            continue
+        for corner in np.ndindex(2, 2, 2):
+            voxel = [math.floor(position[axis]) + corner[axis] for axis in range(3)]
+            if all(0 <= v < s for v, s in zip(voxel, size, strict=True)):
+                share = math.prod(1 - abs(position[axis] - voxel[axis]) for axis in range(3))
+                row = start + (voxel[0] * size[1] + voxel[1]) * size[2] + voxel[2]
+                result[n, q, m] += weights[n, q, m, level, point] * share * value[n, row, m]
+    return result.reshape(num_images, num_queries, heads * channels)
 
 
 def iou(a, b):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import shim_runner
 import torch
+from ms_deform_attn3d_cases import attentions
 from roi_align3d_cases import BOXES, IMAGES, SIZE, Pooling, poolings, tolerance
 
 COUNT = itertools.count()
@@ -74,3 +75,72 @@ def test_roi_align3d_backward_is_the_transpose(tmp_path, pooling, channels_last)
         close = 1e-12 if dtype == torch.float64 else 1e-4  # sums are in float32 for half types as well
         boxes = BOXES.to(torch.promote_types(dtype, torch.float32))
         torch.testing.assert_close(gradient.double(), pooling.gradient(grad, boxes), rtol=close, atol=close)
+
+
+def run_attention(folder, attention, value, locations, weights, grad=None, **values):
+    dtype = value.dtype
+    sums = torch.promote_types(dtype, torch.float32)
+    coordinates = torch.promote_types(locations.dtype, sums)
+    row = 2 if dtype == torch.float64 else 4
+    wide = attention.channels % row == 0 and coordinates == sums
+    lanes = -(-attention.channels // (row if wide else 1))
+    arguments = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "coordinates": str(coordinates).removeprefix("torch."),
+        "backward": grad is not None,
+        "wide": wide,
+        "num_images": len(value),
+        "num_queries": locations.shape[1],
+        "num_values": value.shape[1],
+        "heads": value.shape[2],
+        "channels": value.shape[3],
+        "levels": locations.shape[3],
+        "points": locations.shape[4],
+        "group": min(32, 1 << (lanes - 1).bit_length()),
+        "blocks": 2,
+        "seed": next(COUNT),
+        **values,
+    }
+    arrays = {
+        "value": value,
+        "locations": locations.to(coordinates),
+        "weights": weights.to(sums),
+        "shapes": torch.tensor(attention.shapes),
+        **({} if grad is None else {"grad": grad}),
+    }
+    result = shim_runner.run("run_ms_deform_attn3d", folder / str(arguments["seed"]), arrays, **arguments)
+    if grad is None:
+        return result.array("result", dtype).reshape(len(value), locations.shape[1], -1), result
+    gradients = (
+        result.array("grad_value", sums).reshape(value.shape),
+        result.array("grad_locations", coordinates).reshape(locations.shape),
+        result.array("grad_weights", sums).reshape(weights.shape),
+    )
+    return gradients, result
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@attentions
+def test_ms_deform_attn3d_equals_the_naive_loop(tmp_path, attention, dtype):
+    value, locations, weights = attention.tensors()
+    value, locations, weights = value.to(dtype), locations.to(torch.promote_types(dtype, torch.float32)), weights
+    output, _ = run_attention(tmp_path, attention, value, locations, weights)
+    close = tolerance(dtype)
+    torch.testing.assert_close(output.double(), attention.attended(value, locations, weights), rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@attentions
+def test_ms_deform_attn3d_backward_equals_grid_sample(tmp_path, attention, dtype):
+    value, locations, weights = attention.tensors()
+    value, grad = value.to(dtype), attention.grad().to(dtype)
+    locations = locations.to(torch.promote_types(dtype, torch.float32))
+    gradients, _ = run_attention(tmp_path, attention, value, locations, weights, grad)
+    close = 1e-12 if dtype == torch.float64 else 2e-5  # sums are in float32 for half types as well
+    for name, gradient, expected in zip(
+        ("value", "locations", "weights"), gradients, attention.gradients(grad, value, locations, weights), strict=True
+    ):
+        torch.testing.assert_close(gradient.double(), expected, rtol=close, atol=close, msg=lambda m, n=name: f"{n}: {m}")
