@@ -34,11 +34,9 @@ class Run:
     least: int
 
     def array(self, name, dtype):
-        return torch.from_file(
-            str(self.folder / f"{name}.bin"),
-            dtype=dtype,
-            size=(self.folder / f"{name}.bin").stat().st_size // dtype.itemsize,
-        ).clone()
+        """All values of an array, in the order in which they lie in memory."""
+        raw = np.fromfile(self.folder / f"{name}.bin", dtype=np.uint8)
+        return torch.from_numpy(raw).view(dtype)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import pytest
 import shim_runner
 import torch
 from ms_deform_attn3d_cases import attentions
+from nms3d_cases import CASES, kept, nms_cases
 from roi_align3d_cases import BOXES, IMAGES, SIZE, Pooling, poolings, tolerance
 
 COUNT = itertools.count()
@@ -144,3 +145,34 @@ def test_ms_deform_attn3d_backward_equals_grid_sample(tmp_path, attention, dtype
         ("value", "locations", "weights"), gradients, attention.gradients(grad, value, locations, weights), strict=True
     ):
         torch.testing.assert_close(gradient.double(), expected, rtol=close, atol=close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def run_nms(folder, boxes, scores, group, threshold, **values):
+    arguments = {
+        "dtype": str(boxes.dtype).removeprefix("torch."),
+        "threshold": threshold,
+        "rounds": 12,
+        "blocks": 3,
+        "seed": next(COUNT),
+        **values,
+    }
+    arrays = {"boxes": boxes, "scores": scores, "group": torch.zeros(0, dtype=torch.int64) if group is None else group}
+    result = shim_runner.run("run_nms3d", folder / str(arguments["seed"]), arrays, **arguments)
+    return result.array("result", torch.int64).tolist(), result.array("outcome", torch.int64).tolist()
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 12])
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+@nms_cases
+def test_nms3d_equals_the_naive_loop(tmp_path, case, threshold, rounds):
+    boxes, scores, group = CASES[case]
+    for dtype in (torch.float64, torch.float32):
+        kept_ones, outcome = run_nms(tmp_path, boxes.to(dtype), scores, group, threshold, rounds=rounds)
+        assert kept_ones == kept(boxes.to(dtype), scores, group, threshold)
+        assert outcome == [len(kept_ones), 0]
+
+
+def test_nms3d_counts_boxes_that_cannot_be_compared(tmp_path):
+    boxes, scores, group = (tensor.clone() for tensor in CASES["crowd"])
+    boxes[3, 2], boxes[7, 5], scores[9] = torch.nan, torch.inf, torch.nan
+    assert run_nms(tmp_path, boxes, scores, group, 0.5)[1][1] == 3

@@ -65,7 +65,7 @@ class Call {
     std::ifstream file(folder_ + "/" + name + ".bin", std::ios::binary);
     const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     Array<T> result(bytes.size() / sizeof(T));
-    std::memcpy(static_cast<void*>(result.data()), bytes.data(), bytes.size());
+    std::copy(bytes.begin(), bytes.end(), reinterpret_cast<char*>(result.data()));
     return result;
   }
 
