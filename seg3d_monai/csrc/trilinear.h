@@ -60,8 +60,8 @@ SEG3D_HOST_DEVICE inline AxisSample<T> clamped_sample(T position, int64_t size) 
   return {low, low + 1, T(1) - fraction, fraction, true};
 }
 
-// The border rule of grid_sample with zero padding: a voxel outside the axis has weight 0, and its index is clamped into
-// the axis. A sample without a voxel inside, or at NaN, reads nothing.
+// The border rule of grid_sample with zero padding: a voxel outside the axis has weight 0, and its index is clamped
+// into the axis. A sample without a voxel inside, or at NaN, reads nothing.
 template <typename T>
 SEG3D_HOST_DEVICE inline AxisSample<T> zero_padded_sample(T position, int64_t size) {
   if (!(position >= T(-1) && position < T(size))) {

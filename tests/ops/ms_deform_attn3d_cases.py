@@ -20,7 +20,9 @@ class Attention:
     points: int = 2
 
     def __str__(self):
-        return f"n{self.num_images}-q{self.num_queries}-m{self.heads}-c{self.channels}-l{len(self.shapes)}-p{self.points}"
+        return (
+            f"n{self.num_images}-q{self.num_queries}-m{self.heads}-c{self.channels}-l{len(self.shapes)}-p{self.points}"
+        )
 
     def tensors(self):
         """value, locations, weights in float64; some samples lie outside, on the border, at NaN or very far away."""

@@ -38,9 +38,7 @@ class Pooling:
         return "-".join(words + ([] if self.aligned else ["unaligned"]))
 
     def features(self):
-        return torch.randn(
-            (2, self.channels, *SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        )
+        return torch.randn((2, self.channels, *SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def grad(self):
         shape = (len(BOXES), self.channels, *self.out)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import shim_runner
 import torch
-from ms_deform_attn3d_cases import attentions
+from ms_deform_attn3d_cases import Attention, attentions
 from nms3d_cases import CASES, kept, nms_cases
 from roi_align3d_cases import BOXES, IMAGES, SIZE, Pooling, poolings, tolerance
 
@@ -33,6 +33,8 @@ def run_roi_align(folder, pooling, source, channels_last, backward=False, boxes=
     }
     row = 2 if dtype == torch.float64 else 4
     wide = pooling.channels % row == 0 and pooling.channels >= 16 * row if channels_last else pooling.channels > 1
+    if channels_last and backward and dtype == torch.float64:
+        wide = False
     arguments = {
         "dtype": str(dtype).removeprefix("torch."),
         "coordinates": str(coordinates).removeprefix("torch."),
@@ -78,12 +80,63 @@ def test_roi_align3d_backward_is_the_transpose(tmp_path, pooling, channels_last)
         torch.testing.assert_close(gradient.double(), pooling.gradient(grad, boxes), rtol=close, atol=close)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_roi_align3d_takes_float64_boxes_with_float32_features(tmp_path, channels_last):
+    pooling = Pooling((2, 3, 4))
+    features = pooling.features().float()
+    pooled, _ = run_roi_align(tmp_path, pooling, features, channels_last, coordinates=torch.float64)
+    torch.testing.assert_close(pooled.double(), pooling.pooled(features), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_roi_align3d_of_a_box_without_place_is_nan_and_gets_no_gradient(tmp_path, channels_last):
+    pooling = Pooling((2, 3, 4), sampling_ratio=2)
+    boxes, images = BOXES.clone(), IMAGES.clone()
+    boxes[1, 4], boxes[3, 0], images[4], images[5] = torch.nan, -torch.inf, 2, -1
+    pooled, _ = run_roi_align(tmp_path, pooling, pooling.features(), channels_last, boxes=boxes, images=images)
+    valid = torch.tensor([0, 2, 6, 7])
+    assert pooled[[1, 3, 4, 5]].isnan().all()
+    expected = pooling.pooled(pooling.features(), boxes[valid], images[valid])
+    torch.testing.assert_close(pooled[valid], expected, rtol=1e-12, atol=1e-12)
+    gradient, _ = run_roi_align(
+        tmp_path, pooling, pooling.grad(), channels_last, backward=True, boxes=boxes, images=images
+    )
+    expected = pooling.gradient(pooling.grad()[valid], boxes[valid], images[valid])
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_roi_align3d_of_a_huge_box_reads_the_volume_only(tmp_path, channels_last):
+    pooling = Pooling((1, 1, 4), channels=2)
+    boxes = torch.tensor([[0.0, 0.0, -4e6, 4.0, 5.0, 4e6], [-1e30, -1e30, -1e30, 1e30, 1e30, 1e30]])
+    ones = torch.ones(2, 2, *SIZE)
+    pooled, run = run_roi_align(tmp_path, pooling, ones, channels_last, boxes=boxes, images=IMAGES[:2])
+    # Bins of two million samples on x, one a voxel; the samples at -1 .. 7 count, half of them on each side of 0.
+    assert pooled[0, :, 0, 0, [0, 3]].eq(0).all()
+    assert pooled[0, :, 0, 0].sum(1).mul(2e6).tolist() == pytest.approx([8.5, 8.5], abs=1)
+    assert pooled[1].abs().max() < 1e-20
+    assert run.sectors < 20_000
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [(64, torch.float32), (136, torch.bfloat16), (64, torch.float16), (32, torch.float64), (20, torch.float32)],
+)
+def test_roi_align3d_channels_last_touches_few_sectors(tmp_path, channels, dtype, backward):
+    pooling = Pooling((2, 3, 4), sampling_ratio=2, channels=channels)
+    source = (pooling.grad() if backward else pooling.features()).to(dtype)
+    _, run = run_roi_align(tmp_path, pooling, source, True, backward)
+    assert run.least > 1000
+    assert run.sectors <= 2 * run.least
+
+
 def run_attention(folder, attention, value, locations, weights, grad=None, **values):
     dtype = value.dtype
     sums = torch.promote_types(dtype, torch.float32)
     coordinates = torch.promote_types(locations.dtype, sums)
     row = 2 if dtype == torch.float64 else 4
-    wide = attention.channels % row == 0 and coordinates == sums
+    wide = attention.channels % row == 0 and coordinates == sums and (grad is None or dtype != torch.float64)
     lanes = -(-attention.channels // (row if wide else 1))
     arguments = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -144,7 +197,23 @@ def test_ms_deform_attn3d_backward_equals_grid_sample(tmp_path, attention, dtype
     for name, gradient, expected in zip(
         ("value", "locations", "weights"), gradients, attention.gradients(grad, value, locations, weights), strict=True
     ):
-        torch.testing.assert_close(gradient.double(), expected, rtol=close, atol=close, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient.double(), expected, rtol=close, atol=close, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(32, torch.float32), (32, torch.bfloat16), (16, torch.float64), (8, torch.float32)]
+)
+def test_ms_deform_attn3d_touches_few_sectors(tmp_path, channels, dtype, backward):
+    attention = Attention(((4, 6, 5), (2, 3, 3)), 1, 9, 8, channels, 4)
+    value, locations, weights = attention.tensors()
+    locations = locations.to(torch.promote_types(dtype, torch.float32))
+    grad = attention.grad().to(dtype) if backward else None
+    _, run = run_attention(tmp_path, attention, value.to(dtype), locations, weights, grad)
+    assert run.least > 1000
+    assert run.sectors <= 2 * run.least
 
 
 def run_nms(folder, boxes, scores, group, threshold, **values):

@@ -20,8 +20,8 @@ struct Tap {
   acc_t weight;
 };
 
-// One axis of a pooling: the volume's extent, the number of bins, voxels of the volume per voxel of a box. The bins of a
-// box are fewer than 2^31, since dividing 64-bit numbers is slow.
+// One axis of a pooling: the volume's extent, the number of bins, voxels of the volume per voxel of a box. The bins of
+// a box are fewer than 2^31, since dividing 64-bit numbers is slow.
 struct PoolAxis {
   int64_t size;
   int out;
@@ -62,7 +62,8 @@ __device__ inline SampleRun<coord_t> samples_on_axis(const AxisBins<coord_t>& bi
   SampleRun<coord_t> run = touching_samples(bins, bin, size);
   if (bins.adaptive && run.count > 0) {
     const coord_t base = bins.start + product(coord_t(bin), bins.bin);
-    const coord_t past = std::floor((coord_t(size) - base) / (bins.bin / bins.grid) - coord_t(0.5)) + coord_t(2) - run.first;
+    const coord_t past =
+        std::floor((coord_t(size) - base) / (bins.bin / bins.grid) - coord_t(0.5)) + coord_t(2) - run.first;
     if (!(past >= coord_t(run.count))) {
       run.count = past > coord_t(0) ? static_cast<int64_t>(past) : 0;
     }

@@ -37,6 +37,14 @@ inline bool is_same_device(const Tensor& tensor, const Tensor& other) {
   return tensor.is_cuda() && other.is_cuda() && tensor.get_device_index() == other.get_device_index();
 }
 
+// Whether the device adds four float32 values to memory at once. Where it cannot, lanes that hold four neighbouring
+// channels each would spread every atomic sum over four times the memory, so they had better hold one.
+inline bool can_add_rows(const Tensor& tensor) {
+  int major = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index()));
+  return major >= 9;
+}
+
 // Channels last, [N, C, D, H, W] stored as [N, D, H, W, C], and not at once contiguous, as it is with one channel.
 inline bool is_channels_last(const Tensor& tensor) {
   if (tensor.dim() != 5 || tensor.size(1) < 2 || tensor.is_contiguous()) {
@@ -60,7 +68,9 @@ inline Tensor in_format(const Tensor& tensor, bool channels_last) {
 }
 
 // A row of values can be loaded at once where it starts at a multiple of its own size.
-inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool is_aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 template <typename scalar_t>
 const scalar_t* data(const Tensor& tensor) {

@@ -1,7 +1,7 @@
 // Multi-scale deformable attention in 3D on CUDA, forward and backward.
 //
-// Cost: a sample reads eight rows of Dh channels, once each; nothing is stored between. The backward pass reads the same
-// rows and adds to as many, four float32 channels in one atomic sum where the device can (compute capability 9.0).
+// Cost: a sample reads eight rows of Dh channels, once each; nothing is stored between. The backward pass reads the
+// same rows and adds to as many, four float32 channels in one atomic sum where the device can (compute capability 9.0).
 // Locations and weights get their gradients without atomics. Nothing waits for the device, unless spatial_shapes lies
 // there: the host must know the shapes.
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,9 @@
 namespace seg3d {
 namespace {
 
-bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+bool is_double(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double;
+}
 
 Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, std::optional<ScalarType>(dtype));
@@ -78,9 +80,9 @@ AttendGeometry geometry_of(const Tensor& value, const Tensor& spatial_shapes, co
 // Python checks these too, with kinder words; here they keep a direct call of the operator from reading foreign memory.
 Attention check(const Tensor& value, const Tensor& spatial_shapes, const Tensor& locations, const Tensor& weights) {
   STD_TORCH_CHECK(value.dim() == 4, "ms_deform_attn3d: value must have the shape [N, S, M, Dh]");
-  STD_TORCH_CHECK(spatial_shapes.dim() == 2 && spatial_shapes.size(1) == 3 &&
-                      spatial_shapes.scalar_type() == ScalarType::Long,
-                  "ms_deform_attn3d: spatial_shapes must be int64 of the shape [L, 3]");
+  STD_TORCH_CHECK(
+      spatial_shapes.dim() == 2 && spatial_shapes.size(1) == 3 && spatial_shapes.scalar_type() == ScalarType::Long,
+      "ms_deform_attn3d: spatial_shapes must be int64 of the shape [L, 3]");
   STD_TORCH_CHECK(locations.dim() == 6 && locations.size(0) == value.size(0) && locations.size(2) == value.size(2) &&
                       locations.size(3) == spatial_shapes.size(0) && locations.size(5) == 3,
                   "ms_deform_attn3d: sampling_locations must have the shape [N, Lq, M, L, P, 3]");
@@ -116,8 +118,8 @@ int group_size(int channels, int width) {
 template <typename scalar_t, typename Run>
 void with_width(Attention& attention, bool is_wide, Run run) {
   constexpr int row = kRow<scalar_t>;
-  const bool wide = is_wide && attention.geometry.channels % row == 0 &&
-                    (std::is_same_v<scalar_t, double> || !attention.in_double);
+  const bool wide =
+      is_wide && attention.geometry.channels % row == 0 && (std::is_same_v<scalar_t, double> || !attention.in_double);
   attention.geometry.group = group_size(attention.geometry.channels, wide ? row : 1);
   if constexpr (std::is_same_v<scalar_t, double>) {
     wide ? run(std::integral_constant<int, row>{}, double{}) : run(std::integral_constant<int, 1>{}, double{});
@@ -171,8 +173,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn3d_backward(const Tensor& grad,
                       grad.scalar_type() == value.scalar_type() && is_same_device(grad, value),
                   "ms_deform_attn3d_backward: grad must have the shape [N, Lq, M * Dh], dtype and device of value");
   const Tensor grads = torch::stable::contiguous(grad);
-  const Tensor grad_value = torch::stable::new_zeros(attention.value, attention.value.sizes(),
-                                                     attention.weights.scalar_type());
+  const Tensor grad_value =
+      torch::stable::new_zeros(attention.value, attention.value.sizes(), attention.weights.scalar_type());
   const Tensor grad_locations = torch::stable::new_empty(attention.locations, attention.locations.sizes());
   const Tensor grad_weights = torch::stable::new_empty(attention.weights, attention.weights.sizes());
   if (grad_weights.numel() > 0) {
@@ -183,12 +185,14 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn3d_backward(const Tensor& grad,
       const auto* values = data<scalar_t>(attention.value);
       auto* sums = mutable_data<acc_t>(grad_value);
       constexpr int row = kRow<scalar_t>;
-      const bool is_wide = is_aligned(values, row * sizeof(scalar_t)) &&
-                           is_aligned(data<scalar_t>(grads), row * sizeof(scalar_t)) &&
-                           is_aligned(sums, row * sizeof(acc_t));
+      // There is no atomic sum of several float64 values.
+      const bool is_wide =
+          !std::is_same_v<scalar_t, double> && can_add_rows(value) && is_aligned(values, row * sizeof(scalar_t)) &&
+          is_aligned(data<scalar_t>(grads), row * sizeof(scalar_t)) && is_aligned(sums, row * sizeof(acc_t));
       with_width<scalar_t>(attention, is_wide, [&](auto width, auto coordinate) {
         using coord_t = decltype(coordinate);
-        attend_backward<width.value, scalar_t, coord_t><<<blocks_of(attention), kAttendThreads, 0, stream>>>(
+        constexpr int sum_width = std::is_same_v<scalar_t, double> ? 1 : width.value;
+        attend_backward<sum_width, scalar_t, coord_t><<<blocks_of(attention), kAttendThreads, 0, stream>>>(
             data<scalar_t>(grads), values, data<coord_t>(attention.locations), data<acc_t>(attention.weights), geometry,
             sums, mutable_data<coord_t>(grad_locations), mutable_data<acc_t>(grad_weights));
       });

@@ -1,8 +1,8 @@
 // The kernels of multi-scale deformable attention in 3D, forward and backward.
 //
-// A group of lanes, as many as a row of channels needs, takes one query and head. Each sample reads the eight rows of its
-// corners, neighbouring channels by neighbouring lanes. In the backward pass a corner's row gets one atomic sum a lane;
-// the gradients of the sample's location and weight are dot products, summed over the group without atomics.
+// A group of lanes, as many as a row of channels needs, takes one query and head. Each sample reads the eight rows of
+// its corners, neighbouring channels by neighbouring lanes. In the backward pass a corner's row gets one atomic sum a
+// lane; the gradients of the sample's location and weight are dot products, summed over the group without atomics.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +44,8 @@ __device__ inline DeformSample<coord_t> deform_sample(const coord_t* location, i
   return sample;
 }
 
-// The derivative of a corner's weight by the position: -1 and 1, but 0 for a corner outside. zero_padded_sample puts the
-// index of such a corner onto the other one.
+// The derivative of a corner's weight by the position: -1 and 1, but 0 for a corner outside. zero_padded_sample puts
+// the index of such a corner onto the other one.
 template <typename coord_t>
 __device__ inline int slope(const AxisSample<coord_t>& sample, bool is_high) {
   if (sample.low != sample.high) {
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
        row += int64_t(gridDim.x) * groups) {
     const int64_t query = row / geometry.heads;
     const int head = static_cast<int>(row - query * geometry.heads);
-    const scalar_t* values = value + query / geometry.num_queries * geometry.num_values * stride +
-                             int64_t(head) * geometry.channels;
+    const scalar_t* values =
+        value + query / geometry.num_queries * geometry.num_values * stride + int64_t(head) * geometry.channels;
     for (int channel = lane * width; channel < geometry.channels; channel += geometry.group * width) {
       acc_t sum[width] = {};
       int64_t number = row * (geometry.levels * geometry.points);
@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
           for_each_corner(sample, level, geometry, [&](int64_t place, bool z, bool y, bool x) {
             acc_t corner[width];
             load_row<width>(values + place * stride + channel, corner);
-            const acc_t share = weight * static_cast<acc_t>(weight_of(sample.z, z) * weight_of(sample.y, y) *
-                                                            weight_of(sample.x, x));
+            const acc_t share =
+                weight * static_cast<acc_t>(weight_of(sample.z, z) * weight_of(sample.y, y) * weight_of(sample.x, x));
 #pragma unroll
             for (int i = 0; i < width; ++i) {
               sum[i] += share * corner[i];
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
   }
 }
 
-// grad [N, Lq, M, Dh] is summed into grad_value [N, S, M, Dh], which starts as zero; grad_locations and grad_weights are
-// written whole.
+// grad [N, Lq, M, Dh] is summed into grad_value [N, S, M, Dh], which starts as zero; grad_locations and grad_weights
+// are written whole.
 template <int width, typename scalar_t, typename coord_t>
 __global__ void __launch_bounds__(kAttendThreads, 1)
     attend_backward(const scalar_t* __restrict__ grad, const scalar_t* __restrict__ value,
@@ -178,8 +178,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
           __stcs(grad_locations + number * 3, static_cast<coord_t>(weight * by_z) * coord_t(geometry.depth[level]));
           __stcs(grad_locations + number * 3 + 1,
                  static_cast<coord_t>(weight * by_y) * coord_t(geometry.height[level]));
-          __stcs(grad_locations + number * 3 + 2,
-                 static_cast<coord_t>(weight * by_x) * coord_t(geometry.width[level]));
+          __stcs(grad_locations + number * 3 + 2, static_cast<coord_t>(weight * by_x) * coord_t(geometry.width[level]));
         }
       }
     }

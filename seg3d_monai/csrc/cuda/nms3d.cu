@@ -1,10 +1,11 @@
 // Greedy non-maximum suppression of 3D boxes on CUDA, alone and within groups.
 //
-// Cost: two or three sorts of n keys, and for each box one scan, by a warp, of the boxes that may overlap it on the axis
-// that is best for it: O(n log n + n * r), r the length of such a run. Boxes are decided in rounds over the whole grid,
-// which return at once when nothing is left. A chain of boxes, each overlapping the next, may take more rounds than
-// there are; one block decides the rest by rank, O(u * r) for u boxes left. The extra memory is O(n); no pairs are kept.
-// The host waits once, for the number of boxes kept. Every IoU is taken in float64, whatever the dtype of the boxes.
+// Cost: two or three sorts of n keys, and for each box one scan, by a warp, of the boxes that may overlap it on the
+// axis that is best for it: O(n log n + n * r), r the length of such a run. Boxes are decided in rounds over the whole
+// grid, which return at once when nothing is left. A chain of boxes, each overlapping the next, may take more rounds
+// than there are; one block decides the rest by rank, O(u * r) for u boxes left. The extra memory is O(n); no pairs are
+// kept. The host waits once, for the number of boxes kept. Every IoU is taken in float64, whatever the dtype of the
+// boxes.
 #include <torch/csrc/stable/library.h>
 
 #include <array>

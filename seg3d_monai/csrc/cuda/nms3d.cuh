@@ -1,8 +1,8 @@
 // The kernels of greedy non-maximum suppression of 3D boxes.
 //
 // Boxes lie by (group, lower corner on the sweep axis), so all that may overlap a box are one run of places. A box is
-// dropped as soon as a kept box of better rank overlaps it too much, and kept as soon as all such boxes are dropped; this
-// gives the same boxes as visiting them one after the other, in whatever order the decisions fall.
+// dropped as soon as a kept box of better rank overlaps it too much, and kept as soon as all such boxes are dropped;
+// this gives the same boxes as visiting them one after the other, in whatever order the decisions fall.
 #pragma once
 
 #include <cmath>
@@ -170,8 +170,8 @@ __global__ void find_runs(const SweepPlan* plan, Sweep<box_t> sweep) {
   for (int64_t place = int64_t(blockIdx.x) * kNmsThreads + threadIdx.x; place < sweep.count;
        place += int64_t(gridDim.x) * kNmsThreads) {
     const double low = sweep.low0[place], high = sweep.high0[place];
-    const bool is_empty = !(low < high) || !(sweep.low1[place] < sweep.high1[place]) ||
-                          !(sweep.low2[place] < sweep.high2[place]);
+    const bool is_empty =
+        !(low < high) || !(sweep.low1[place] < sweep.high1[place]) || !(sweep.low2[place] < sweep.high2[place]);
     // A little further than the reach, for the rounding of the difference.
     const double limit = low - plan->reach - 1e-15 * (fabs(low) + plan->reach);
     sweep.state[place] = is_empty ? kKept : kUndecided;
@@ -202,7 +202,9 @@ __device__ inline bool overlaps(const Sweep<box_t>& sweep, int a, int b) {
 }
 
 // Other warps decide at the same time; a decision that is not seen yet is only a later one.
-__device__ inline BoxState state_of(const volatile BoxState* state) { return static_cast<BoxState>(*state); }
+__device__ inline BoxState state_of(const volatile BoxState* state) {
+  return static_cast<BoxState>(*state);
+}
 
 // Try to decide one box, by a whole warp. True if it stays undecided.
 template <typename box_t>
@@ -313,7 +315,7 @@ static __global__ void take_outcome(const int64_t* number, int count, const Swee
 
 // The indices of the kept boxes by rank; `number` counts the kept ones up to and with each rank.
 static __global__ void list_kept(const bool* is_kept, const int64_t* number, const int64_t* by_rank, int count,
-                          int64_t* result) {
+                                 int64_t* result) {
   for (int64_t rank = int64_t(blockIdx.x) * kNmsThreads + threadIdx.x; rank < count;
        rank += int64_t(gridDim.x) * kNmsThreads) {
     if (is_kept[rank]) {

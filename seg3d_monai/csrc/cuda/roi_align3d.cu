@@ -20,7 +20,9 @@ struct Pooling {
   bool channels_last;
 };
 
-bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+bool is_double(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double;
+}
 
 // Python checks these too, with kinder words; here they keep a direct call of the operator from reading foreign memory.
 Pooling check(const Tensor& values, const Tensor& boxes, const Tensor& batch_index, const PoolGeometry& geometry,
@@ -84,7 +86,9 @@ struct PoolFirst {
 };
 template <int width, typename scalar_t, typename coord_t>
 struct UnpoolLast {
-  static constexpr auto value = unpool_channels_last<width, scalar_t, coord_t>;
+  // There is no atomic sum of several float64 values.
+  static constexpr int sum_width = std::is_same_v<scalar_t, double> ? 1 : width;
+  static constexpr auto value = unpool_channels_last<sum_width, scalar_t, coord_t>;
 };
 template <int width, typename scalar_t, typename coord_t>
 struct UnpoolFirst {
@@ -99,7 +103,9 @@ bool takes_rows(int64_t channels, const scalar_t* values, const acc_t* sums) {
          is_aligned(sums, row * sizeof(acc_t));
 }
 
-int64_t num_lines(const PoolGeometry& geometry) { return geometry.num_boxes * geometry.z.out * geometry.y.out; }
+int64_t num_lines(const PoolGeometry& geometry) {
+  return geometry.num_boxes * geometry.z.out * geometry.y.out;
+}
 
 Tensor empty_volumes(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype, bool channels_last) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype,
@@ -112,12 +118,11 @@ Tensor roi_align3d(const Tensor& features, const Tensor& boxes, const Tensor& ba
                    bool aligned) {
   STD_TORCH_CHECK(features.dim() == 5, "roi_align3d: features must have the shape [N, C, D, H, W]");
   const int64_t channels = features.size(1);
-  const Pooling pooling =
-      check(features, boxes, batch_index,
-            {pool_axis(features.size(2), out_d, scale_z), pool_axis(features.size(3), out_h, scale_y),
-             pool_axis(features.size(4), out_w, scale_x), features.size(0), channels, boxes.size(0), sampling_ratio,
-             aligned},
-            is_channels_last(features));
+  const Pooling pooling = check(
+      features, boxes, batch_index,
+      {pool_axis(features.size(2), out_d, scale_z), pool_axis(features.size(3), out_h, scale_y),
+       pool_axis(features.size(4), out_w, scale_x), features.size(0), channels, boxes.size(0), sampling_ratio, aligned},
+      is_channels_last(features));
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const Tensor output = empty_volumes(features, {boxes.size(0), channels, out_d, out_h, out_w}, features.scalar_type(),
                                       pooling.channels_last);
@@ -161,8 +166,8 @@ Tensor roi_align3d_backward(const Tensor& grad, const Tensor& boxes, const Tenso
       using scalar_t = decltype(zero);
       auto* out = mutable_data<accumulate_t<scalar_t>>(sums);
       if (pooling.channels_last) {
-        launch<scalar_t, UnpoolLast>(pooling, takes_rows(channels, data<scalar_t>(source), out),
-                                     num_lines(pooling.geometry), kPoolWarps, source, out);
+        const bool wide = can_add_rows(source) && takes_rows(channels, data<scalar_t>(source), out);
+        launch<scalar_t, UnpoolLast>(pooling, wide, num_lines(pooling.geometry), kPoolWarps, source, out);
       } else {
         launch<scalar_t, UnpoolFirst>(pooling, channels > 1, num_tiles(pooling.geometry), 1, source, out);
       }

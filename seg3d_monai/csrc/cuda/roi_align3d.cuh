@@ -53,7 +53,8 @@ struct LineTaps {
   __device__ void fill(int64_t z_list, int64_t y_list, const PoolGeometry& geometry) {
     const int64_t row = geometry.x.size * geometry.channels;
     __syncwarp();
-    num_z = fill_taps(pool_bins(box, 0, geometry.z, geometry), z_bin, z_list, geometry.z.size, geometry.y.size * row, z);
+    num_z =
+        fill_taps(pool_bins(box, 0, geometry.z, geometry), z_bin, z_list, geometry.z.size, geometry.y.size * row, z);
     num_y = fill_taps(pool_bins(box, 1, geometry.y, geometry), y_bin, y_list, geometry.y.size, row, y);
     __syncwarp();
   }
@@ -157,7 +158,8 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
   }
 }
 
-// The same lines the other way: grad [K, d, h, w, C] is summed into grad_features [N, D, H, W, C], which starts as zero.
+// The same lines the other way: grad [K, d, h, w, C] is summed into grad_features [N, D, H, W, C], which starts as
+// zero.
 template <int width, typename scalar_t, typename coord_t>
 __global__ void __launch_bounds__(kPoolThreads, 1)
     unpool_channels_last(const scalar_t* __restrict__ grad, const coord_t* __restrict__ boxes,
@@ -256,7 +258,9 @@ struct Tile {
   int z, y, x;
 };
 
-__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ inline int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
 
 __host__ __device__ inline int tiles_of_box(const PoolGeometry& geometry) {
   return ceil_div(geometry.z.out, kTileZ) * ceil_div(geometry.y.out, kTileY) * ceil_div(geometry.x.out, kTileX);
@@ -272,8 +276,8 @@ __device__ inline Tile tile_of(int64_t number, const PoolGeometry& geometry) {
   const int in_box = static_cast<int>(number - group * tiles_of_box(geometry));
   const int64_t slices = (geometry.channels + kTileChannels - 1) / kTileChannels;
   const int64_t box = group / slices;
-  return {box, (group - box * slices) * kTileChannels, in_box / num_x / num_y * kTileZ,
-          in_box / num_x % num_y * kTileY, in_box % num_x * kTileX};
+  return {box, (group - box * slices) * kTileChannels, in_box / num_x / num_y * kTileZ, in_box / num_x % num_y * kTileY,
+          in_box % num_x * kTileX};
 }
 
 // Fill the lists of all bins of a tile, a warp one bin of an axis at a time. True if some bin may read something.
@@ -289,7 +293,14 @@ __device__ inline bool fill_tile(const coord_t* box, const Tile& tile, int64_t z
     int count = 0;
     if (bin < axis.out) {
       const auto bins = pool_bins(box, is_z ? 0 : is_y ? 1 : 2, axis, geometry);
-      count = fill_taps(bins, bin, is_z ? z_list : is_y ? y_list : x_list, axis.size, is_z ? slice : is_y ? row : 1,
+      count = fill_taps(bins, bin,
+                        is_z   ? z_list
+                        : is_y ? y_list
+                               : x_list,
+                        axis.size,
+                        is_z   ? slice
+                        : is_y ? row
+                               : 1,
                         shared.taps[list]);
     }
     if (threadIdx.x % kWarp == 0) {
@@ -352,7 +363,8 @@ __device__ inline void walk_tile(const coord_t* box, const Tile& tile, const Poo
                 y_lists = num_tile_lists(box, 1, geometry.y, geometry),
                 x_lists = num_tile_lists(box, 2, geometry.x, geometry);
   const int64_t lists = z_lists * y_lists * x_lists;
-  const int64_t end = tile.channel + kTileChannels < geometry.channels ? tile.channel + kTileChannels : geometry.channels;
+  const int64_t end =
+      tile.channel + kTileChannels < geometry.channels ? tile.channel + kTileChannels : geometry.channels;
   bool reads = false;
   for (int64_t channel = tile.channel; channel < end; channel += width) {
     start(channel);
@@ -423,7 +435,8 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
   }
 }
 
-// The same tiles the other way: grad [K, C, d, h, w] is summed into grad_features [N, C, D, H, W], which starts as zero.
+// The same tiles the other way: grad [K, C, d, h, w] is summed into grad_features [N, C, D, H, W], which starts as
+// zero.
 template <int width, typename scalar_t, typename coord_t>
 __global__ void __launch_bounds__(kPoolThreads, 1)
     unpool_channels_first(const scalar_t* __restrict__ grad, const coord_t* __restrict__ boxes,

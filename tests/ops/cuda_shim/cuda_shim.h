@@ -136,8 +136,7 @@ inline void enter_fiber([[maybe_unused]] void* fake_stack) {
 inline void leave_fiber(bool is_last) {
   Machine& m = machine();
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(is_last ? nullptr : &m.current->fake_stack, m.scheduler_stack,
-                                 m.scheduler_stack_size);
+  __sanitizer_start_switch_fiber(is_last ? nullptr : &m.current->fake_stack, m.scheduler_stack, m.scheduler_stack_size);
 #else
   (void)is_last;
 #endif
@@ -176,8 +175,12 @@ inline void wait_for(Wait wait, unsigned mask, const char* operation, uint64_t v
   enter_fiber(fiber.fake_stack);
 }
 
-inline unsigned lane_of(const Fiber& fiber) { return fiber.thread.x % kWarp; }
-inline Warp& warp_of(const Fiber& fiber) { return machine().warps[fiber.thread.x / kWarp]; }
+inline unsigned lane_of(const Fiber& fiber) {
+  return fiber.thread.x % kWarp;
+}
+inline Warp& warp_of(const Fiber& fiber) {
+  return machine().warps[fiber.thread.x / kWarp];
+}
 
 // All values that the lanes of `mask` gave, by lane.
 inline const uint64_t* exchange(unsigned mask, const char* operation, uint64_t value) {
@@ -344,8 +347,12 @@ inline void launch(unsigned blocks, unsigned threads, std::function<void()> body
   }
 }
 
-inline void set_seed(uint64_t seed) { machine().random.seed(static_cast<uint32_t>(seed)); }
-inline Traffic traffic() { return machine().traffic; }
+inline void set_seed(uint64_t seed) {
+  machine().random.seed(static_cast<uint32_t>(seed));
+}
+inline Traffic traffic() {
+  return machine().traffic;
+}
 
 inline void record(const void* place, const void* address, size_t bytes) {
   Fiber& fiber = *machine().current;
@@ -406,14 +413,18 @@ inline SHIM_ACCESS float4 atomicAdd(float4* to, float4 value) {
   return old;
 }
 
-inline void __syncthreads() { cuda_shim::wait_for(cuda_shim::Wait::block, 0, "__syncthreads", 0); }
+inline void __syncthreads() {
+  cuda_shim::wait_for(cuda_shim::Wait::block, 0, "__syncthreads", 0);
+}
 
 inline int __syncthreads_or(int predicate) {
   cuda_shim::wait_for(cuda_shim::Wait::block, 0, "__syncthreads_or", predicate != 0);
   return cuda_shim::machine().block_result != 0;
 }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_shim::exchange(mask, "__syncwarp", 0); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  cuda_shim::exchange(mask, "__syncwarp", 0);
+}
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const uint64_t* given = cuda_shim::exchange(mask, "__ballot_sync", predicate != 0);
@@ -424,7 +435,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return result;
 }
 
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __any_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) != 0;
+}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
@@ -447,7 +460,15 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return cuda_shim::from_bits<T>(given[lane ^ lane_mask]);
 }
 
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline double __dmul_rn(double a, double b) { return a * b; }
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+inline int __ffs(int bits) {
+  return __builtin_ffs(bits);
+}
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline double __dmul_rn(double a, double b) {
+  return a * b;
+}

@@ -15,9 +15,8 @@ void run(const Call& call, const seg3d::PoolGeometry& geometry) {
   const bool channels_last = call.integer("channels_last") != 0;
   const auto blocks = static_cast<unsigned>(call.integer("blocks"));
   const auto launch = [&](auto kernel, auto& result) {
-    cuda_shim::launch(blocks, seg3d::kPoolThreads, [&] {
-      kernel(source.data(), boxes.data(), batch_index.data(), geometry, result.data());
-    });
+    cuda_shim::launch(blocks, seg3d::kPoolThreads,
+                      [&] { kernel(source.data(), boxes.data(), batch_index.data(), geometry, result.data()); });
     call.write("result", result);
   };
   if (call.integer("backward") != 0) {
@@ -26,8 +25,8 @@ void run(const Call& call, const seg3d::PoolGeometry& geometry) {
     channels_last ? launch(seg3d::unpool_channels_last<width, scalar_t, coord_t>, grad)
                   : launch(seg3d::unpool_channels_first<width, scalar_t, coord_t>, grad);
   } else {
-    Array<scalar_t> output(static_cast<size_t>(geometry.num_boxes * geometry.channels * geometry.z.out *
-                                               geometry.y.out * geometry.x.out));
+    Array<scalar_t> output(
+        static_cast<size_t>(geometry.num_boxes * geometry.channels * geometry.z.out * geometry.y.out * geometry.x.out));
     channels_last ? launch(seg3d::pool_channels_last<width, scalar_t, coord_t>, output)
                   : launch(seg3d::pool_channels_first<width, scalar_t, coord_t>, output);
   }
