@@ -20,9 +20,8 @@ class Attention:
     points: int = 2
 
     def __str__(self):
-        return (
-            f"n{self.num_images}-q{self.num_queries}-m{self.heads}-c{self.channels}-l{len(self.shapes)}-p{self.points}"
-        )
+        counts = (self.num_images, self.num_queries, self.heads, self.channels, len(self.shapes), self.points)
+        return "-".join(f"{name}{count}" for name, count in zip("nqmclp", counts, strict=True))
 
     def tensors(self):
         """value, locations, weights in float64; some samples lie outside, on the border, at NaN or very far away."""

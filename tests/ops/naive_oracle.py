@@ -1,4 +1,7 @@
-"""RoIAlign, deformable attention and NMS as plain loops over Python floats, written from their definitions and not from the package."""
+"""RoIAlign, deformable attention and NMS as plain loops over Python floats.
+
+They are written from the operators' definitions and not from the package.
+"""
 
 import math
 
@@ -29,7 +32,7 @@ def roi_align(features, boxes, batch_index, out, scale, sampling_ratio, aligned)
 
 
 def roi_align_gradient(grad, boxes, batch_index, num_images, size, scale, sampling_ratio, aligned):
-    """grad [K, C, d, h, w] -> gradient of the features [num_images, C, *size]: the transpose of what `roi_align` does."""
+    """grad [K, C, d, h, w] -> gradient [num_images, C, *size] of the features: the transpose of `roi_align`."""
     voxels = math.prod(size)
     identity = np.broadcast_to(np.eye(voxels).reshape(1, voxels, *size), (num_images, voxels, *size))
     matrix = roi_align(identity, boxes, batch_index, grad.shape[2:], scale, sampling_ratio, aligned)
