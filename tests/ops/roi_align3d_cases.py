@@ -70,7 +70,7 @@ POOLINGS = [
     Pooling((1, 1, 1), (2.0, 0.25, 0.6), sampling_ratio=1),
     Pooling((5, 6, 9), (1.0, 0.7, 1.1), sampling_ratio=2, channels=2),  # more bins than a tile on every axis
     Pooling((1, 1, 1), sampling_ratio=17, channels=3),  # more samples a bin than a list of taps holds
-    Pooling((1, 1, 1), (9.0, 2.0, 5.0), channels=2),  # adaptive, with many samples a bin, most of them outside
+    Pooling((1, 1, 1), (9.1, 2.3, 5.2), channels=2),  # adaptive, with many samples a bin, most of them outside
     Pooling((2, 3, 2), sampling_ratio=2, channels=64),  # rows of four channels
 ]
 poolings = pytest.mark.parametrize("pooling", POOLINGS, ids=str)

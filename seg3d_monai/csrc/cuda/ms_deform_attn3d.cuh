@@ -55,16 +55,20 @@ __device__ inline int slope(const AxisSample<coord_t>& sample, bool is_high) {
   return is_high ? !has_low : -has_low;
 }
 
-// Call `visit(row, z, y, x)` for the eight corners of a sample: the row of `value` and whether it is the upper one.
+// Call `visit(offset, z, y, x)` for the eight corners of a sample: where the corner's row lies, rows being `stride`
+// elements apart, and whether it is the upper one on each axis.
 template <typename coord_t, typename Visit>
 __device__ inline void for_each_corner(const DeformSample<coord_t>& sample, int level, const AttendGeometry& geometry,
-                                       Visit visit) {
+                                       int64_t stride, Visit visit) {
+  const int64_t line = geometry.width[level] * stride, slice = geometry.height[level] * line;
+  const int64_t lowest =
+      geometry.start[level] * stride + sample.z.low * slice + sample.y.low * line + sample.x.low * stride;
+  const int64_t z_step = sample.z.high != sample.z.low ? slice : 0, y_step = sample.y.high != sample.y.low ? line : 0,
+                x_step = sample.x.high != sample.x.low ? stride : 0;
 #pragma unroll
   for (int corner = 0; corner < 8; ++corner) {
     const bool z = corner & 4, y = corner & 2, x = corner & 1;
-    const int64_t slice = (z ? sample.z.high : sample.z.low) * geometry.height[level];
-    const int64_t line = (slice + (y ? sample.y.high : sample.y.low)) * geometry.width[level];
-    visit(geometry.start[level] + line + (x ? sample.x.high : sample.x.low), z, y, x);
+    visit(lowest + (z ? z_step : 0) + (y ? y_step : 0) + (x ? x_step : 0), z, y, x);
   }
 }
 
@@ -99,9 +103,9 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
             continue;
           }
           const acc_t weight = __ldg(weights + number);
-          for_each_corner(sample, level, geometry, [&](int64_t place, bool z, bool y, bool x) {
+          for_each_corner(sample, level, geometry, stride, [&](int64_t corner_offset, bool z, bool y, bool x) {
             acc_t corner[width];
-            load_row<width>(values + place * stride + channel, corner);
+            load_row<width>(values + corner_offset + channel, corner);
             const acc_t share =
                 weight * static_cast<acc_t>(weight_of(sample.z, z) * weight_of(sample.y, y) * weight_of(sample.x, x));
 #pragma unroll
@@ -146,9 +150,9 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
         for (int channel = lane * width; channel < end; channel += geometry.group * width) {
           acc_t grads[width];
           load_row<width>(grad + row * geometry.channels + channel, grads);
-          for_each_corner(sample, level, geometry, [&](int64_t place, bool z, bool y, bool x) {
+          for_each_corner(sample, level, geometry, stride, [&](int64_t corner_offset, bool z, bool y, bool x) {
             acc_t corner[width];
-            load_row<width>(value + offset + place * stride + channel, corner);
+            load_row<width>(value + offset + corner_offset + channel, corner);
             acc_t dot = 0;
 #pragma unroll
             for (int i = 0; i < width; ++i) {
@@ -163,7 +167,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
             by_y += slope(sample.y, y) * z_weight * x_weight * dot;
             by_x += slope(sample.x, x) * z_weight * y_weight * dot;
             if (share != acc_t(0)) {
-              add_row<width>(grad_value + offset + place * stride + channel, weight * share, grads);
+              add_row<width>(grad_value + offset + corner_offset + channel, weight * share, grads);
             }
           });
         }

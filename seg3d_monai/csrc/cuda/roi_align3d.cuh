@@ -114,36 +114,39 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
       for (int bin = 0; bin < geometry.x.out; ++bin) {
         const auto run = samples_on_axis(x_bins, bin, geometry.x.size);
         acc_t sum[width] = {};
-        for (int64_t side = 0; side < 2 * run.count; ++side) {
-          const coord_t number = run.first + static_cast<coord_t>(side / 2);
-          const auto sample = clamped_sample(sample_position(x_bins, bin, number), geometry.x.size);
-          const int64_t voxel = side % 2 == 0 ? sample.low : sample.high;
-          const acc_t weight = static_cast<acc_t>(side % 2 == 0 ? sample.low_weight : sample.high_weight);
-          if (weight == acc_t(0)) {
-            continue;
-          }
-          if (voxel != newer_voxel && voxel != older_voxel) {
-            older_voxel = newer_voxel;
-            newer_voxel = voxel;
+        for (int64_t number = 0; number < run.count; ++number) {
+          const coord_t position = sample_position(x_bins, bin, run.first + static_cast<coord_t>(number));
+          const auto sample = clamped_sample(position, geometry.x.size);
+#pragma unroll 1
+          for (int side = 0; side < 2; ++side) {
+            const int64_t voxel = side == 0 ? sample.low : sample.high;
+            const acc_t weight = static_cast<acc_t>(side == 0 ? sample.low_weight : sample.high_weight);
+            if (weight == acc_t(0)) {
+              continue;
+            }
+            if (voxel != newer_voxel && voxel != older_voxel) {
+              older_voxel = newer_voxel;
+              newer_voxel = voxel;
+#pragma unroll
+              for (int i = 0; i < width; ++i) {
+                older[i] = newer[i];
+                newer[i] = acc_t(0);
+              }
+              taps.for_each(geometry, [&](int64_t offset, acc_t tap_weight) {
+                if (channel < channels) {
+                  acc_t row[width];
+                  load_row<width>(volume + offset + voxel * channels + channel, row);
+#pragma unroll
+                  for (int i = 0; i < width; ++i) {
+                    newer[i] += tap_weight * row[i];
+                  }
+                }
+              });
+            }
 #pragma unroll
             for (int i = 0; i < width; ++i) {
-              older[i] = newer[i];
-              newer[i] = acc_t(0);
+              sum[i] += weight * (voxel == newer_voxel ? newer[i] : older[i]);
             }
-            taps.for_each(geometry, [&](int64_t offset, acc_t tap_weight) {
-              if (channel < channels) {
-                acc_t row[width];
-                load_row<width>(volume + offset + voxel * channels + channel, row);
-#pragma unroll
-                for (int i = 0; i < width; ++i) {
-                  newer[i] += tap_weight * row[i];
-                }
-              }
-            });
-          }
-#pragma unroll
-          for (int i = 0; i < width; ++i) {
-            sum[i] += weight * (voxel == newer_voxel ? newer[i] : older[i]);
           }
         }
         if (channel < channels) {
@@ -212,21 +215,24 @@ __global__ void __launch_bounds__(kPoolThreads, 1)
         if (channel < channels) {
           load_row<width>(grad_line + int64_t(bin) * channels + channel, row);
         }
-        for (int64_t side = 0; side < 2 * run.count; ++side) {
-          const coord_t number = run.first + static_cast<coord_t>(side / 2);
-          const auto sample = clamped_sample(sample_position(x_bins, bin, number), geometry.x.size);
-          const int64_t voxel = side % 2 == 0 ? sample.low : sample.high;
-          const acc_t weight = share * static_cast<acc_t>(side % 2 == 0 ? sample.low_weight : sample.high_weight);
-          if (weight == acc_t(0)) {
-            continue;
-          }
-          if (voxel != newer_voxel && voxel != older_voxel) {
-            advance(voxel);
-          }
+        for (int64_t number = 0; number < run.count; ++number) {
+          const coord_t position = sample_position(x_bins, bin, run.first + static_cast<coord_t>(number));
+          const auto sample = clamped_sample(position, geometry.x.size);
+#pragma unroll 1
+          for (int side = 0; side < 2; ++side) {
+            const int64_t voxel = side == 0 ? sample.low : sample.high;
+            const acc_t weight = share * static_cast<acc_t>(side == 0 ? sample.low_weight : sample.high_weight);
+            if (weight == acc_t(0)) {
+              continue;
+            }
+            if (voxel != newer_voxel && voxel != older_voxel) {
+              advance(voxel);
+            }
 #pragma unroll
-          for (int i = 0; i < width; ++i) {
-            newer[i] += voxel == newer_voxel ? weight * row[i] : acc_t(0);
-            older[i] += voxel == newer_voxel ? acc_t(0) : weight * row[i];
+            for (int i = 0; i < width; ++i) {
+              newer[i] += voxel == newer_voxel ? weight * row[i] : acc_t(0);
+              older[i] += voxel == newer_voxel ? acc_t(0) : weight * row[i];
+            }
           }
         }
       }
