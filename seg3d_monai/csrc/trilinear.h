@@ -15,6 +15,24 @@
 
 namespace seg3d {
 
+// a * b, rounded for itself. A device compiler would otherwise merge it with a following sum, and a box at the edge of
+// a bin count (ceil of its extent) could be cut otherwise on the device than on the host.
+SEG3D_HOST_DEVICE inline float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+SEG3D_HOST_DEVICE inline double product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // The two voxels that a sample on one axis reads, and their weights. A sample that reads nothing has inside == false.
 template <typename T>
 struct AxisSample {
@@ -42,26 +60,19 @@ SEG3D_HOST_DEVICE inline AxisSample<T> clamped_sample(T position, int64_t size) 
   return {low, low + 1, T(1) - fraction, fraction, true};
 }
 
-// The two voxels around a position on one axis, low and low + 1, each of which may lie outside and then counts as zero:
-// grid_sample's rule for align_corners=False and padding_mode="zeros". Nothing is inside for NaN.
+// The border rule of grid_sample with zero padding: a voxel outside the axis has weight 0, and its index is clamped
+// into the axis. A sample without a voxel inside, or at NaN, reads nothing.
 template <typename T>
-struct PaddedSample {
-  int64_t low;
-  T low_weight;
-  T high_weight;
-  bool low_inside;
-  bool high_inside;
-};
-
-template <typename T>
-SEG3D_HOST_DEVICE inline PaddedSample<T> zero_padded_sample(T position, int64_t size) {
-  if (!(position > T(-1) && position < T(size))) {
-    return {0, T(0), T(0), false, false};
+SEG3D_HOST_DEVICE inline AxisSample<T> zero_padded_sample(T position, int64_t size) {
+  if (!(position >= T(-1) && position < T(size))) {
+    return {0, 0, T(0), T(0), false};
   }
   const T floor = std::floor(position);
   const int64_t low = static_cast<int64_t>(floor);
   const T fraction = position - floor;
-  return {low, T(1) - fraction, fraction, low >= 0, low + 1 < size};
+  const bool has_low = low >= 0, has_high = low + 1 < size;
+  return {has_low ? low : 0, has_high ? low + 1 : size - 1, has_low ? T(1) - fraction : T(0),
+          has_high ? fraction : T(0), true};
 }
 
 // How a box is cut into bins, and a bin into samples, along one axis. `grid` is the number of samples a bin; it stays a
@@ -79,8 +90,8 @@ template <typename T>
 SEG3D_HOST_DEVICE inline AxisBins<T> axis_bins(T corner1, T corner2, T scale, int64_t out, int64_t sampling_ratio,
                                                bool aligned) {
   const T offset = aligned ? T(0.5) : T(0);
-  const T start = corner1 * scale - offset;
-  const T end = corner2 * scale - offset;
+  const T start = product(corner1, scale) - offset;
+  const T end = product(corner2, scale) - offset;
   T extent = end - start;
   if (!aligned && extent < T(1)) {
     extent = T(1);
@@ -109,7 +120,7 @@ SEG3D_HOST_DEVICE inline SampleRun<T> touching_samples(const AxisBins<T>& bins, 
   if (!(bins.grid > T(0))) {
     return {T(0), 0};
   }
-  const T base = bins.start + T(bin_index) * bins.bin;
+  const T base = bins.start + product(T(bin_index), bins.bin);
   const T step = bins.bin / bins.grid;
   T first = std::floor((T(-1) - base) / step - T(0.5)) - T(1);
   first = first > T(0) ? first : T(0);
@@ -122,7 +133,7 @@ SEG3D_HOST_DEVICE inline SampleRun<T> touching_samples(const AxisBins<T>& bins, 
 // Position of one sample. The order of the operations is part of the definition: every path computes the same bits.
 template <typename T>
 SEG3D_HOST_DEVICE inline T sample_position(const AxisBins<T>& bins, int64_t bin_index, T sample_index) {
-  return bins.start + T(bin_index) * bins.bin + (sample_index + T(0.5)) * bins.bin / bins.grid;
+  return bins.start + product(T(bin_index), bins.bin) + product(sample_index + T(0.5), bins.bin) / bins.grid;
 }
 
 }  // namespace seg3d

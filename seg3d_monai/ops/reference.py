@@ -173,7 +173,7 @@ def _corners(spatial_shapes: Tensor, sampling_locations: Tensor, attention_weigh
     for level, shape in enumerate(spatial_shapes.tolist()):
         size = sampling_locations.new_tensor(shape)
         position = sampling_locations[:, :, :, level] * size - 0.5
-        is_near = (position > -1) & (position < size)
+        is_near = (position >= -1) & (position < size)
         position = torch.where(is_near, position, 0.0)
         low = position.floor()
         fraction = position - low

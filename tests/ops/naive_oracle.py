@@ -1,4 +1,7 @@
-"""RoIAlign and NMS as plain loops over Python floats, written from their definitions and not from the package."""
+"""RoIAlign, deformable attention and NMS as plain loops over Python floats.
+
+They are written from the operators' definitions and not from the package.
+"""
 
 import math
 
@@ -28,6 +31,17 @@ def roi_align(features, boxes, batch_index, out, scale, sampling_ratio, aligned)
     return result
 
 
+def roi_align_gradient(grad, boxes, batch_index, num_images, size, scale, sampling_ratio, aligned):
+    """grad [K, C, d, h, w] -> gradient [num_images, C, *size] of the features: the transpose of `roi_align`."""
+    voxels = math.prod(size)
+    identity = np.broadcast_to(np.eye(voxels).reshape(1, voxels, *size), (num_images, voxels, *size))
+    matrix = roi_align(identity, boxes, batch_index, grad.shape[2:], scale, sampling_ratio, aligned)
+    result = np.zeros((num_images, grad.shape[1], *size))
+    for k, image in enumerate(batch_index):
+        result[image] += np.einsum("vpqr,cpqr->cv", matrix[k], grad[k]).reshape(-1, *size)
+    return result
+
+
 def trilinear(volume, position, size):
     """One sample of volume [C, D, H, W]: 0 outside [-1, size], else clamped to the voxel centres."""
     if any(position[a] < -1 or position[a] > size[a] for a in range(3)):
@@ -43,6 +57,26 @@ def trilinear(volume, position, size):
             weight *= fraction if corner[axis] else 1 - fraction
         value += weight * volume[:, *voxel]
     return value
+
+
+def ms_deform_attn(value, shapes, locations, weights):
+    """value [N, S, M, Dh], locations [N, Lq, M, L, P, 3], weights [N, Lq, M, L, P] -> [N, Lq, M * Dh], float64."""
+    num_images, _, heads, channels = value.shape
+    num_queries = locations.shape[1]
+    result = np.zeros((num_images, num_queries, heads, channels))
+    for n, q, m, level, point in np.ndindex(weights.shape):
+        start = sum(math.prod(shape) for shape in shapes[:level])
+        size = shapes[level]
+        position = [float(f) * s - 0.5 for f, s in zip(locations[n, q, m, level, point], size, strict=True)]
+        if not all(-1 <= p < s for p, s in zip(position, size, strict=True)):  # far outside, or NaN
+            continue
+        for corner in np.ndindex(2, 2, 2):
+            voxel = [math.floor(position[axis]) + corner[axis] for axis in range(3)]
+            if all(0 <= v < s for v, s in zip(voxel, size, strict=True)):
+                share = math.prod(1 - abs(position[axis] - voxel[axis]) for axis in range(3))
+                row = start + (voxel[0] * size[1] + voxel[1]) * size[2] + voxel[2]
+                result[n, q, m] += weights[n, q, m, level, point] * share * value[n, row, m]
+    return result.reshape(num_images, num_queries, heads * channels)
 
 
 def iou(a, b):

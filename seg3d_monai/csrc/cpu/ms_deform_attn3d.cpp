@@ -107,7 +107,7 @@ struct SampleBlock {
     Index rows = start, side_inside[3][2];
     for (int axis = 0; axis < 3; ++axis) {
       Vec<acc_t> position = load_lanes<acc_t>(by_axis[axis]) * size[axis] - acc_t(0.5);
-      const Index is_near = (position > acc_t(-1)) & (position < size[axis]);
+      const Index is_near = (position >= acc_t(-1)) & (position < size[axis]);
       position = is_near ? position : Vec<acc_t>{};
       Index low = __builtin_convertvector(position, Index);
       low += __builtin_convertvector(low, Vec<acc_t>) > position;  // a comparison that holds is -1

@@ -1,0 +1,101 @@
+// What every CUDA operator needs on the host: device and stream of a tensor, sizes of grids, the dtype as a type.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+namespace seg3d {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Blocks for so many items. Kernels stride over the grid, so the hardware's limit costs nothing.
+inline unsigned num_blocks(int64_t items, int64_t items_per_block) {
+  const int64_t wanted = (items + items_per_block - 1) / items_per_block;
+  return static_cast<unsigned>(std::min<int64_t>(wanted, std::numeric_limits<int32_t>::max()));
+}
+
+inline bool is_same_device(const Tensor& tensor, const Tensor& other) {
+  return tensor.is_cuda() && other.is_cuda() && tensor.get_device_index() == other.get_device_index();
+}
+
+// Whether the device adds four float32 values to memory at once. Where it cannot, lanes that hold four neighbouring
+// channels each would spread every atomic sum over four times the memory, so they had better hold one.
+inline bool can_add_rows(const Tensor& tensor) {
+  int major = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index()));
+  return major >= 9;
+}
+
+// Channels last, [N, C, D, H, W] stored as [N, D, H, W, C], and not at once contiguous, as it is with one channel.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 5 || tensor.size(1) < 2 || tensor.is_contiguous()) {
+    return false;
+  }
+  int64_t stride = 1;
+  for (const int axis : {1, 4, 3, 2, 0}) {
+    if (tensor.size(axis) != 1 && tensor.stride(axis) != stride) {
+      return false;
+    }
+    stride *= tensor.size(axis);
+  }
+  return true;
+}
+
+inline Tensor in_format(const Tensor& tensor, bool channels_last) {
+  if (channels_last && is_channels_last(tensor)) {
+    return tensor;
+  }
+  return torch::stable::contiguous(tensor, channels_last ? MemoryFormat::ChannelsLast3d : MemoryFormat::Contiguous);
+}
+
+// A row of values can be loaded at once where it starts at a multiple of its own size.
+inline bool is_aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+template <typename scalar_t>
+const scalar_t* data(const Tensor& tensor) {
+  return static_cast<const scalar_t*>(tensor.const_data_ptr());
+}
+
+template <typename scalar_t>
+scalar_t* mutable_data(const Tensor& tensor) {
+  return static_cast<scalar_t*>(tensor.mutable_data_ptr());
+}
+
+template <typename Function>
+void dispatch_floating(ScalarType dtype, const char* what, Function function) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return function(double{});
+    case ScalarType::Float:
+      return function(float{});
+    case ScalarType::BFloat16:
+      return function(c10::BFloat16{});
+    case ScalarType::Half:
+      return function(c10::Half{});
+    default:
+      STD_TORCH_CHECK(false, what, " must be float64, float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace seg3d
