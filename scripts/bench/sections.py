@@ -1,0 +1,157 @@
+"""The five tables of the benchmark. Each function measures one row and returns it as a flat dict for the JSON file."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import memory
+from bench.agreement import compare
+from bench.cases import Case
+from bench.problem import Problem, bytes_to_move, forward, forward_backward, num_bytes
+from bench.steps import Steps
+from bench.timing import measure
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for the whole run."""
+
+    device: str
+    threads: int
+    repeats: int
+    is_quick: bool
+
+
+def passes_of(problem: Problem) -> Iterator[tuple[str, Callable[..., tuple[Tensor, ...]]]]:
+    """The passes that a problem has, by name; each takes a function and the problem."""
+    yield "forward", forward
+    if problem.differentiable:
+        yield "forward + backward", partial(forward_backward, grad=problem.gradient_of_output())
+
+
+def against_baseline(case: Case, settings: Settings) -> Iterator[Row]:
+    """Our operator, the baseline and a plain copy by turns; one row per pass.
+
+    The floor is the least traffic at the copy's rate. The copy is clone() of a tensor as large as the output, and counts
+    what it reads and what it writes.
+    """
+    problem = case.problem(settings.device, torch.float32, settings.is_quick)
+    extra = memory.peak_extra_bytes(f"{case.op}/{case.name}", settings.device, settings.threads, settings.is_quick)
+    for name, run in passes_of(problem):
+        output = forward(problem.ours, problem)[0]
+        source = torch.ones(num_bytes(output), dtype=torch.uint8, device=problem.device)
+        del output
+
+        def copy(source: Tensor = source) -> None:
+            source.clone()
+
+        contenders: dict[str, Callable[[], Any]] = {"ours": partial(run, problem.ours, problem), "copy": copy}
+        if problem.baseline is not None:
+            contenders["baseline"] = partial(run, problem.baseline, problem)
+        timings = measure(
+            contenders, problem.device, settings.repeats, baseline="baseline" if problem.baseline else None
+        )
+        ours_s, results = timings["ours"].median, timings["ours"].result
+        rate = 2 * num_bytes(source) / timings["copy"].median
+        floor_s = bytes_to_move(problem, results) / rate
+        row: Row = {
+            "op": case.op,
+            "name": case.name,
+            "pass": name,
+            "work": case.work,
+            "ours_ms": ours_s * 1e3,
+            "ours_runs_ms": [s * 1e3 for s in timings["ours"].seconds],
+            "copy_gb_per_s": rate / 1e9,
+            "floor_ms": floor_s * 1e3,
+            "times_floor": ours_s / floor_s,
+            "results_mb": num_bytes(*results) / 1e6,
+        }
+        if name in extra:
+            row["extra_mb"] = extra[name] / 1e6
+            row["extra_of_results"] = extra[name] / num_bytes(*results)
+        if problem.baseline is not None:
+            baseline = timings["baseline"]
+            row |= {
+                "baseline": problem.baseline_name,
+                "baseline_ms": baseline.median * 1e3,
+                "baseline_runs_ms": [s * 1e3 for s in baseline.seconds],
+                "ratio": baseline.median / ours_s,
+                "agreement": compare(results, baseline.result, problem).as_json(),
+            }
+        bars = case.forward_bars if name == "forward" else case.backward_bars
+        values = [(bar, row.get(bar.quantity)) for bar in bars]
+        row["bars"] = [
+            {"bar": bar.words, "value": value, "met": None if value is None else bar.is_met(value)}
+            for bar, value in values
+        ]
+        yield row
+
+
+def two_ways(problems: dict[str, Problem], settings: Settings, quantity: str, limit: float) -> Iterator[Row]:
+    """Our operator on two problems by turns, in time per unit of work; the quotient second / first has a limit."""
+    first, second = problems.values()
+    for (name, run_first), (_, run_second) in zip(passes_of(first), passes_of(second), strict=True):
+        contenders = {
+            key: partial(run, problem.ours, problem)
+            for (key, problem), run in zip(problems.items(), (run_first, run_second), strict=True)
+        }
+        timings = measure(contenders, first.device, settings.repeats)
+        per_unit = {key: timings[key].median / problems[key].num_units * 1e9 for key in problems}
+        one, other = per_unit.values()
+        row: Row = {"pass": name, "unit": first.unit}
+        row |= {f"{key}_ms": timing.median * 1e3 for key, timing in timings.items()}
+        row |= {f"{key}_ns_per_unit": ns for key, ns in per_unit.items()}
+        yield row | {quantity: other / one, "bar": f"<= {limit:g}", "met": other / one <= limit}
+
+
+def anisotropic(case: Case, settings: Settings) -> Iterator[Row]:
+    """Cubic against elongated volumes, per unit of work."""
+    changed = case.quick_anisotropic if settings.is_quick else case.anisotropic
+    make = partial(case.problem, settings.device, torch.float32, settings.is_quick)
+    problems = {"cubic": make(), "anisotropic": make(**changed)}
+    for row in two_ways(problems, settings, "anisotropic_over_cubic", 1.2):
+        yield {"op": case.op, "name": case.name, **row}
+
+
+def bfloat16(case: Case, settings: Settings) -> Iterator[Row]:
+    """float32 against bfloat16."""
+    changed = {"rounded": True} if case.op == "nms3d" else {}
+    problems = {
+        str(dtype).removeprefix("torch."): case.problem(settings.device, dtype, settings.is_quick, **changed)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    for row in two_ways(problems, settings, "bfloat16_over_float32", 1.0):
+        yield {"op": case.op, "name": case.name, **row}
+
+
+def growth(steps: Steps, settings: Settings) -> Iterator[Row]:
+    """Our passes while one size grows step by step, all steps by turns; each step against the one before."""
+    problems = {
+        size: steps.make(settings.device, torch.float32, **{**steps.base, **changed})
+        for size, changed in steps.changes.items()
+    }
+    rows: dict[str, Row] = {
+        size: {"op": steps.op, "symbol": steps.symbol, "size": size, "work": steps.work} for size in problems
+    }
+    num_passes = 2 if next(iter(problems.values())).differentiable else 1
+    for number in range(num_passes):
+        contenders = {}
+        for size, problem in problems.items():
+            name, run = list(passes_of(problem))[number]
+            contenders[size] = partial(run, problem.ours, problem)
+        before = None
+        for size, timing in measure(contenders, problem.device, settings.repeats).items():
+            rows[size][f"{name}_ms"] = timing.median * 1e3
+            if before is not None:
+                factor = timing.median / before
+                rows[size][f"{name}_factor"] = factor
+                if steps.limit is not None:
+                    rows[size] |= {"bar": f"<= {steps.limit:g}x the step before", "met": factor <= steps.limit}
+            before = timing.median
+    yield from rows.values()
