@@ -42,6 +42,28 @@ SEG3D_HOST_DEVICE inline AxisSample<T> clamped_sample(T position, int64_t size) 
   return {low, low + 1, T(1) - fraction, fraction, true};
 }
 
+// The two voxels around a position on one axis, low and low + 1, each of which may lie outside and then counts as zero:
+// grid_sample's rule for align_corners=False and padding_mode="zeros". Nothing is inside for NaN.
+template <typename T>
+struct PaddedSample {
+  int64_t low;
+  T low_weight;
+  T high_weight;
+  bool low_inside;
+  bool high_inside;
+};
+
+template <typename T>
+SEG3D_HOST_DEVICE inline PaddedSample<T> zero_padded_sample(T position, int64_t size) {
+  if (!(position > T(-1) && position < T(size))) {
+    return {0, T(0), T(0), false, false};
+  }
+  const T floor = std::floor(position);
+  const int64_t low = static_cast<int64_t>(floor);
+  const T fraction = position - floor;
+  return {low, T(1) - fraction, fraction, low >= 0, low + 1 < size};
+}
+
 // How a box is cut into bins, and a bin into samples, along one axis. `grid` is the number of samples a bin; it stays a
 // floating number because a huge box with adaptive sampling may have more of them than an integer can count.
 template <typename T>
