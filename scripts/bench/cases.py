@@ -52,6 +52,11 @@ class Case:
     anisotropic: dict[str, Any] = field(default_factory=dict)
     quick_anisotropic: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def full_name(self) -> str:
+        """Operator and row."""
+        return f"{self.op}/{self.name}"
+
     def problem(self, device: str, dtype: Any, is_quick: bool, **changed: Any) -> Problem:
         """The problem at the full or at the quick sizes."""
         return self.make(device, dtype, **{**(self.quick if is_quick else self.sizes), **changed})

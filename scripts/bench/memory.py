@@ -2,19 +2,15 @@
 
 On the CPU a fresh process makes the call and asks the system for the process's own peak of resident memory (VmHWM,
 reset just before through /proc/self/clear_refs), because torch's allocator does not see what C++ allocates for itself.
-A smaller call comes first, so that threads and code are already there, and glibc gives back what is freed at once.
+A smaller call comes first, so that threads and code are already there, and glibc gives back at once what is freed.
 On CUDA it is the peak of torch's allocator, which the kernels take their scratch from.
-
-    python -m bench.memory OP/NAME cpu|cuda THREADS quick|full    prints one JSON line; the parent calls this
 """
 
 import ctypes
 import gc
-import json
-import os
+import multiprocessing
 import re
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,18 +23,30 @@ METHOD = (
 )
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's names for them, from malloc.h
+
+
 def peak_extra_bytes(case: str, device: str, threads: int, is_quick: bool) -> dict[str, int]:
     """Extra bytes of our forward, and of forward + backward if there is one; empty where it cannot be measured."""
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         return {}
-    # A fixed threshold keeps glibc from holding back freed blocks, which a later call would take unseen.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-P", "-m", "bench.memory", case, device, str(threads), "quick" if is_quick else "full"]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if child.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {case} failed:\n{child.stderr[-2000:]}")
-    measured: dict[str, int] = json.loads(child.stdout.splitlines()[-1])
-    return measured
+    # The fork server imports once and computes nothing: each of its children begins without threads or scratch.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.cases", "seg3d_monai.ops"])
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh_process:
+        return fresh_process.submit(_measure_case, case, device, threads, is_quick).result()
+
+
+def _measure_case(wanted: str, device: str, threads: int, is_quick: bool) -> dict[str, int]:
+    from bench.cases import CASES
+
+    # Fixed thresholds keep glibc from holding back freed blocks, which a later call would take unseen.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 65536)
+    libc.mallopt(M_TRIM_THRESHOLD, 65536)
+    torch.set_num_threads(threads)
+    case = next(case for case in CASES if case.full_name == wanted)
+    return measure_here(case.problem(device, torch.float32, is_quick), case.problem(device, torch.float32, True))
 
 
 def measure_here(problem: Problem, small: Problem) -> dict[str, int]:
@@ -89,13 +97,3 @@ def _status_bytes(field: str) -> int:
     match = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1]) * 1024
-
-
-if __name__ == "__main__":
-    from bench.cases import CASES
-
-    wanted, device, threads, size = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    case = next(case for case in CASES if f"{case.op}/{case.name}" == wanted)
-    small, problem = (case.problem(device, torch.float32, is_quick) for is_quick in (True, size == "quick"))
-    print(json.dumps(measure_here(problem, small)))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from bench.problem import Problem
+from seg3d_monai.ops import ms_deform_attn3d
 
 
 def level_loop(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -57,12 +58,11 @@ def make(
 
     `queries` = 0 takes one query per voxel of the value, as in an encoder's self-attention.
     """
-    from seg3d_monai.ops import ms_deform_attn3d
-
     generator = torch.Generator().manual_seed(0)
     rows = sum(math.prod(shape) for shape in levels)
     queries = queries or rows
-    value = torch.randn(batch, rows, heads, channels, generator=generator)
+    # Values that bfloat16 holds, so that every dtype gets the same problem; places and weights are always float32.
+    value = torch.randn(batch, rows, heads, channels, generator=generator).bfloat16()
     shape = (batch, queries, heads, len(levels), points)
     if is_local:
         locations = near_own_voxel(levels, 2 * torch.randn(*shape, 3, generator=generator))
@@ -73,11 +73,12 @@ def make(
         ours=ms_deform_attn3d,
         baseline=level_loop,
         baseline_name="grid_sample, a call per level",
+        input_names=("value", "spatial_shapes", "sampling_locations", "attention_weights"),
         inputs=(
             value.to(device, dtype),
-            torch.tensor(levels, device=device),
-            locations.to(device, dtype),
-            weights.to(device, dtype),
+            torch.tensor(levels),  # on the CPU, where kernels look at them
+            locations.to(device),
+            weights.to(device),
         ),
         output_shape=(batch, queries, heads * channels),
         differentiable=(0, 2, 3),

@@ -1,9 +1,11 @@
 """nms3d and its baseline, MONAI's `non_max_suppression`, on boxes of constant density or in tight clusters."""
 
 import torch
+from monai.data.box_utils import non_max_suppression
 from torch import Tensor
 
 from bench.problem import Problem
+from seg3d_monai.ops import nms3d
 
 IOU_THRESHOLD = 0.5
 
@@ -37,8 +39,6 @@ def make(
     rounded: bool = False,
 ) -> Problem:
     """Boxes with distinct scores; `rounded` to bfloat16's values, so that both dtypes get the same boxes."""
-    from seg3d_monai.ops import nms3d
-
     generator = torch.Generator().manual_seed(0)
     if num_clusters:
         boxes = clustered(num_boxes, num_clusters, generator)
@@ -48,15 +48,14 @@ def make(
         boxes = boxes.bfloat16()
     scores = torch.randperm(num_boxes, generator=generator).float() / num_boxes
 
-    def monai_nms(boxes: Tensor, scores: Tensor) -> Tensor:
-        from monai.data.box_utils import non_max_suppression
-
+    def monai(boxes: Tensor, scores: Tensor) -> Tensor:
         return non_max_suppression(boxes, scores, IOU_THRESHOLD)
 
     return Problem(
         ours=lambda boxes, scores: nms3d(boxes, scores, IOU_THRESHOLD),
-        baseline=monai_nms if has_baseline else None,
+        baseline=monai if has_baseline else None,
         baseline_name="MONAI non_max_suppression" if has_baseline else "",
+        input_names=("boxes", "scores"),
         inputs=(boxes.to(device, dtype), scores.to(device)),
         output_shape=None,
         differentiable=(),

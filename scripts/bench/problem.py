@@ -18,6 +18,7 @@ class Problem:
         ours: the operator with its settings bound; takes the inputs.
         baseline: another way to the same result, or None.
         baseline_name: what the baseline is, for the table.
+        input_names: what the inputs are called.
         inputs: the tensors that both take.
         output_shape: shape of the result, None where it depends on the values.
         differentiable: positions of the inputs that get a gradient; none for an operator without one.
@@ -31,6 +32,7 @@ class Problem:
     ours: Callable[..., Tensor]
     baseline: Callable[..., Tensor] | None
     baseline_name: str
+    input_names: tuple[str, ...]
     inputs: tuple[Tensor, ...]
     output_shape: tuple[int, ...] | None
     differentiable: tuple[int, ...]

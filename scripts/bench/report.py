@@ -19,8 +19,10 @@ METHOD = (
     "Medians of wall time, contenders by turns, after one run that does not count; a slow baseline runs once. "
     "ratio = baseline / ours. "
     "floor = bytes that must move (every input read once, every result written once; backward also reads the output's "
-    "gradient and the inputs it depends on) at the rate of clone() of a tensor as large as the output, its read and write "
-    "counted. results = output and gradients. extra = peak memory beyond inputs and results: " + memory.METHOD + "."
+    "gradient and the inputs it depends on) at the rate of clone() of a tensor as large as the output, its read and "
+    "write counted. results = output and gradients. extra = peak memory beyond inputs and results: "
+    + memory.METHOD
+    + "."
 )
 
 
@@ -46,8 +48,6 @@ def text(result: dict[str, Any]) -> str:
     for section, title in SECTIONS.items():
         if result[section]:
             report += f"\n\n{title}\n{'=' * len(title)}\n{tables[section](result[section])}"
-    if result["not_available"]:
-        report += "\n\nnot available, the operator does not exist yet: " + ", ".join(result["not_available"])
     return report
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from bench.problem import Problem
+from seg3d_monai.ops import roi_align3d
 
 CHUNK_BYTES = 3 * 2**29
 """Samples [C, K, samples] that one call may make; it is split between boxes only where it would make more."""
@@ -98,11 +99,10 @@ def make(
     is_split: bool = False,
 ) -> Problem:
     """Features of the given shape [N, C, D, H, W] and boxes spread over the images in turn."""
-    from seg3d_monai.ops import roi_align3d
-
     generator = torch.Generator().manual_seed(0)
     bins = (out, out, out) if isinstance(out, int) else out
-    values = torch.randn(features, generator=generator).to(dtype)
+    # Values that bfloat16 holds, so that every dtype gets the same problem.
+    values = torch.randn(features, generator=generator).bfloat16().to(dtype)
     boxes = draw_boxes(features[2:], num_boxes, sides, generator)
     batch_index = torch.arange(num_boxes) % features[0]
     if ratio > 0:
@@ -118,6 +118,7 @@ def make(
         ours=partial(roi_align3d, output_size=bins, sampling_ratio=ratio),
         baseline=baseline,
         baseline_name=name,
+        input_names=("features", "boxes", "batch_index"),
         inputs=(values.to(device), boxes.to(device), batch_index.to(device)),
         output_shape=(num_boxes, features[1], *bins),
         differentiable=(0,),

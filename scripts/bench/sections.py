@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bench import memory
-from bench.agreement import compare
+from bench.agreement import HALF_TOLERANCE, compare
 from bench.cases import Case
 from bench.problem import Problem, bytes_to_move, forward, forward_backward, num_bytes
 from bench.steps import Steps
-from bench.timing import measure
+from bench.timing import TOUCHED_BYTES, measure, touch_memory
 
 Row = dict[str, Any]
 
@@ -38,11 +38,13 @@ def passes_of(problem: Problem) -> Iterator[tuple[str, Callable[..., tuple[Tenso
 def against_baseline(case: Case, settings: Settings) -> Iterator[Row]:
     """Our operator, the baseline and a plain copy by turns; one row per pass.
 
-    The floor is the least traffic at the copy's rate. The copy is clone() of a tensor as large as the output, and counts
-    what it reads and what it writes.
+    The floor is the least traffic at the copy's rate. The copy is clone() of a tensor as large as the output; what it
+    reads counts, and what it writes.
     """
     problem = case.problem(settings.device, torch.float32, settings.is_quick)
-    extra = memory.peak_extra_bytes(f"{case.op}/{case.name}", settings.device, settings.threads, settings.is_quick)
+    extra = memory.peak_extra_bytes(case.full_name, settings.device, settings.threads, settings.is_quick)
+    if not settings.is_quick:
+        touch_memory(TOUCHED_BYTES)
     for name, run in passes_of(problem):
         output = forward(problem.ours, problem)[0]
         source = torch.ones(num_bytes(output), dtype=torch.uint8, device=problem.device)
@@ -94,28 +96,33 @@ def against_baseline(case: Case, settings: Settings) -> Iterator[Row]:
 
 
 def two_ways(problems: dict[str, Problem], settings: Settings, quantity: str, limit: float) -> Iterator[Row]:
-    """Our operator on two problems by turns, in time per unit of work; the quotient second / first has a limit."""
-    first, second = problems.values()
+    """Our operator on two problems by turns, in time per unit of work; the quotient second / first has a limit.
+
+    One problem in two dtypes should have one result; that is compared too.
+    """
+    (first_key, first), (second_key, second) = problems.items()
     for (name, run_first), (_, run_second) in zip(passes_of(first), passes_of(second), strict=True):
         contenders = {
-            key: partial(run, problem.ours, problem)
-            for (key, problem), run in zip(problems.items(), (run_first, run_second), strict=True)
+            first_key: partial(run_first, first.ours, first),
+            second_key: partial(run_second, second.ours, second),
         }
         timings = measure(contenders, first.device, settings.repeats)
-        per_unit = {key: timings[key].median / problems[key].num_units * 1e9 for key in problems}
-        one, other = per_unit.values()
         row: Row = {"pass": name, "unit": first.unit}
-        row |= {f"{key}_ms": timing.median * 1e3 for key, timing in timings.items()}
-        row |= {f"{key}_ns_per_unit": ns for key, ns in per_unit.items()}
-        yield row | {quantity: other / one, "bar": f"<= {limit:g}", "met": other / one <= limit}
+        for key, problem in problems.items():
+            row[f"{key}_ms"] = timings[key].median * 1e3
+            row[f"{key}_ns_per_unit"] = timings[key].median / problem.num_units * 1e9
+        row[quantity] = row[f"{second_key}_ns_per_unit"] / row[f"{first_key}_ns_per_unit"]
+        if first.inputs[0].dtype != second.inputs[0].dtype:
+            agreement = compare(timings[second_key].result, timings[first_key].result, first, HALF_TOLERANCE)
+            row["agreement"] = agreement.as_json()
+        yield row | {"bar": f"<= {limit:g}", "met": row[quantity] <= limit}
 
 
 def anisotropic(case: Case, settings: Settings) -> Iterator[Row]:
-    """Cubic against elongated volumes, per unit of work."""
+    """Cubic against elongated volumes."""
     changed = case.quick_anisotropic if settings.is_quick else case.anisotropic
     make = partial(case.problem, settings.device, torch.float32, settings.is_quick)
-    problems = {"cubic": make(), "anisotropic": make(**changed)}
-    for row in two_ways(problems, settings, "anisotropic_over_cubic", 1.2):
+    for row in two_ways({"cubic": make(), "anisotropic": make(**changed)}, settings, "anisotropic_over_cubic", 1.2):
         yield {"op": case.op, "name": case.name, **row}
 
 

@@ -36,14 +36,10 @@ CUBES = [(32, 32, 32), (16, 16, 16), (8, 8, 8), (4, 4, 4)]
 def doublings(is_quick: bool) -> list[Steps]:
     """Every size of every operator, doubled; `work` is what that does to the number of samples or boxes."""
     pool, attend = (QUICK_POOL, QUICK_ATTEND) if is_quick else (POOL, ATTEND)
-    unit = 4 if is_quick else 64
-    channels = {
-        str(n): {"features": (pool["features"][0], n, *pool["features"][2:])} for n in (unit, 2 * unit, 4 * unit)
-    }
-    volumes = {
-        f"{n}³": {"features": (*pool["features"][:2], n, n, n)} for n in ((8, 16) if is_quick else (32, 64, 128))
-    }
-    sides = {f"{n}": {"features": (1, unit, 64, 64, 64), "sides": (n, n)} for n in (8, 16, 32)}
+    batch, width, *size = pool["features"]
+    channels = {str(n): {"features": (batch, n, *size)} for n in (width, 2 * width, 4 * width)}
+    volumes = {f"{n}³": {"features": (batch, width, n, n, n)} for n in ((8, 16) if is_quick else (32, 64, 128))}
+    sides = {f"{n}": {"features": (batch, width, 64, 64, 64), "sides": (n, n)} for n in (8, 16, 32)}
     levels = {str(n): {"levels": CUBES[-n:] if is_quick else CUBES[:n]} for n in (1, 2, 4)}
     values = {f"{n}³": {"levels": [(n, n, n)]} for n in ((4, 8) if is_quick else (8, 16, 32, 64))}
     counts = (100, 200) if is_quick else (10_000, 20_000, 40_000, 80_000, 160_000)

@@ -1,5 +1,6 @@
 """Wall times of several contenders, measured in turn, so that what else the machine does hits all of them alike."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,9 @@ SLOW_S = 4.0
 """A baseline whose first run takes longer than this is not run again: that run is its time."""
 BUDGET_S = 6.0
 """About how long the repeated runs of one row may take together, slow baseline aside."""
+
+TOUCHED_BYTES = 6 * 2**30
+"""Memory to touch before a row: as much as the most demanding baseline takes."""
 
 
 @dataclass
@@ -81,3 +85,11 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def touch_memory(wanted_bytes: int) -> None:
+    """Write to so much memory once, or to half of what is free: a virtual machine's memory is several times slower the
+    first time, when its host has yet to provide it, and whoever came first would pay for all.
+    """
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    torch.ones(min(wanted_bytes, free // 2), dtype=torch.uint8)
