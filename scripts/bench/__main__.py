@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 DESCRIPTION = (
     "Measures roi_align3d, nms3d and ms_deform_attn3d against grid_sample, MONAI's non_max_suppression and a plain "
@@ -38,8 +38,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, its times mean nothing")
     arguments = parser.parse_args()
     if arguments.threads < 1 or arguments.repeats < 1:
-        parser.error("--threads and --repeats must be at least 1")
+        refuse("--threads and --repeats must be at least 1")
     return arguments
+
+
+def refuse(message: str) -> NoReturn:
+    """End with one line and exit code 2, as the other scripts do."""
+    print(f"bench_ops: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:
@@ -52,13 +58,13 @@ def main() -> None:
     from bench.sections import Settings
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("bench_ops: error: --device cuda, but torch finds no CUDA device here")
+        refuse("--device cuda, but torch finds no CUDA device here; leave it out")
     torch.set_num_threads(arguments.threads)
     settings = Settings(arguments.device, arguments.threads, arguments.repeats, arguments.quick)
     wanted = arguments.only or [""]
     jobs = [job for job in all_jobs(settings) if any(word in job.full_name for word in wanted)]
     if not jobs:
-        sys.exit(f"bench_ops: error: --only {' '.join(wanted)} names no row; --list shows them")
+        refuse(f"--only {' '.join(wanted)} names no row; --list shows them")
     if arguments.list:
         print("\n".join(job.full_name for job in jobs))
         return

@@ -15,7 +15,7 @@ from seg3d_monai.ops import build, status
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, and the GPU if it is measured."""
+    """Processor, cores that this process may use, memory, how busy the machine is, and the GPU if it is measured."""
     try:
         model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -27,6 +27,7 @@ def hardware(device: str) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": cores,
         "memory_gb": memory_gb,
+        "load_average": round(os.getloadavg()[0], 2),
     }
     return {**found, "gpu": torch.cuda.get_device_name()} if device == "cuda" else found
 

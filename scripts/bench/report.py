@@ -19,10 +19,9 @@ METHOD = (
     "Medians of wall time, contenders by turns, after one run that does not count; a slow baseline runs once. "
     "ratio = baseline / ours. "
     "floor = bytes that must move (every input read once, every result written once; backward also reads the output's "
-    "gradient and the inputs it depends on) at the rate of clone() of a tensor as large as the output, its read and "
-    "write counted. results = output and gradients. extra = peak memory beyond inputs and results: "
-    + memory.METHOD
-    + "."
+    "gradient and the inputs it depends on) at the rate of clone() of a tensor as large as the output (of 17 MB if the "
+    "output is smaller), its read and write counted. results = output and gradients. "
+    "extra = peak memory beyond inputs and results: " + memory.METHOD + "."
 )
 
 
@@ -71,6 +70,13 @@ def yes_or_no(met: bool | None) -> str:
     return "not measured" if met is None else "yes" if met else "NO"
 
 
+def sameness(row: Row) -> str:
+    """Whether what was timed computes the same; nothing where it was not compared."""
+    if "agreement" not in row:
+        return ""
+    return "same result" if row["agreement"]["agrees"] else "DIFFERENT RESULT, the times mean nothing"
+
+
 def number(value: float | None, pattern: str) -> str:
     """A number, or nothing where there is none."""
     return "" if value is None else format(value, pattern)
@@ -90,13 +96,14 @@ def bars_table(rows: list[Row]) -> str:
                 number(row.get("ratio"), ",.1f") + ("x" if "ratio" in row else ""),
                 number(row["floor_ms"], ",.3f"),
                 number(row["times_floor"], ",.1f") + "x",
+                number(row["copy_gb_per_s"], ",.1f"),
                 number(row["results_mb"], ",.1f"),
                 number(row.get("extra_mb"), ",.1f"),
                 met,
             ]
         )
-    head = ["operator", "pass", "ours ms", "baseline ms", "ratio", "floor ms", "ours/floor", "results MB", "extra MB"]
-    return table(lines, [*head, "bar: met?"])
+    head = ["operator", "pass", "ours ms", "baseline ms", "ratio", "floor ms", "ours/floor", "copy GB/s"]
+    return table(lines, [*head, "results MB", "extra MB", "bar: met?"])
 
 
 def work_list(rows: list[Row]) -> str:
@@ -106,8 +113,7 @@ def work_list(rows: list[Row]) -> str:
         if row["pass"] == "forward":
             lines.append(f"{row['op']} {row['name']}: {row['work']}")
         if "agreement" in row:
-            verdict = "same result" if row["agreement"]["agrees"] else "DIFFERENT RESULT, the times mean nothing"
-            lines.append(f"    {row['pass']} against {row['baseline']}: {verdict} ({row['agreement']['words']})")
+            lines.append(f"    {row['pass']} against {row['baseline']}: {sameness(row)} ({row['agreement']['words']})")
     return "\n".join(lines)
 
 
@@ -124,11 +130,12 @@ def two_ways_table(rows: list[Row], first: str, second: str, quotient: str) -> s
             row["unit"],
             f"{row[quotient]:.2f}",
             f"{row['bar']}: {yes_or_no(row['met'])}",
+            sameness(row),
         ]
         for row in rows
     ]
     head = ["operator", "pass", f"{first} ms", f"{second} ms", f"{first} ns", f"{second} ns", "per", "quotient"]
-    return table(lines, [*head, "bar: met?"])
+    return table(lines, [*head, "bar: met?", ""])
 
 
 def growth_table(rows: list[Row]) -> str:
