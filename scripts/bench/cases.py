@@ -23,6 +23,10 @@ class Bar:
         """Whether the value is on the right side."""
         return value >= self.limit if self.is_least else value <= self.limit
 
+    def judge(self, value: float | None) -> dict[str, Any]:
+        """For the JSON file; None where the value could not be measured."""
+        return {"bar": self.words, "value": value, "met": None if value is None else self.is_met(value)}
+
     @property
     def words(self) -> str:
         """For the table."""

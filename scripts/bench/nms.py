@@ -49,7 +49,7 @@ def make(
     scores = torch.randperm(num_boxes, generator=generator).float() / num_boxes
 
     def monai(boxes: Tensor, scores: Tensor) -> Tensor:
-        return non_max_suppression(boxes, scores, IOU_THRESHOLD)
+        return torch.as_tensor(non_max_suppression(boxes, scores, IOU_THRESHOLD))
 
     return Problem(
         ours=lambda boxes, scores: nms3d(boxes, scores, IOU_THRESHOLD),

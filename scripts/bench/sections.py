@@ -16,6 +16,7 @@ from bench.steps import Steps
 from bench.timing import TOUCHED_BYTES, measure, touch_memory
 
 Row = dict[str, Any]
+Pass = Callable[[Callable[..., Tensor], Problem], tuple[Tensor, ...]]
 
 LEAST_COPY_BYTES = 2**24
 """The clone() of a smaller tensor would measure the call and the caches, not the memory."""
@@ -31,7 +32,7 @@ class Settings:
     is_quick: bool
 
 
-def passes_of(problem: Problem) -> Iterator[tuple[str, Callable[..., tuple[Tensor, ...]]]]:
+def passes_of(problem: Problem) -> Iterator[tuple[str, Pass]]:
     """The passes that a problem has, by name; each takes a function and the problem."""
     yield "forward", forward
     if problem.differentiable:
@@ -39,63 +40,59 @@ def passes_of(problem: Problem) -> Iterator[tuple[str, Callable[..., tuple[Tenso
 
 
 def against_baseline(case: Case, settings: Settings) -> Iterator[Row]:
-    """Our operator, the baseline and a plain copy by turns; one row per pass.
+    """Our operator, the baseline and a plain copy by turns; one row per pass."""
+    problem = case.problem(settings.device, torch.float32, settings.is_quick)
+    extra_bytes = memory.peak_extra_bytes(case.full_name, settings.device, settings.threads, settings.is_quick)
+    if settings.device == "cpu" and not settings.is_quick:
+        touch_memory(TOUCHED_BYTES)
+    for name, run in passes_of(problem):
+        row: Row = {"op": case.op, "name": case.name, "pass": name, "work": case.work}
+        row |= measure_pass(problem, run, extra_bytes.get(name), settings)
+        bars = case.forward_bars if name == "forward" else case.backward_bars
+        yield row | {"bars": [bar.judge(row.get(bar.quantity)) for bar in bars]}
+
+
+def measure_pass(problem: Problem, run: Pass, extra_bytes: int | None, settings: Settings) -> Row:
+    """Times, floor, memory and agreement of one pass.
 
     The floor is the least traffic at the copy's rate. The copy is clone() of a tensor as large as the output, or of
     LEAST_COPY_BYTES if that is more; what it reads counts, and what it writes.
     """
-    problem = case.problem(settings.device, torch.float32, settings.is_quick)
-    extra = memory.peak_extra_bytes(case.full_name, settings.device, settings.threads, settings.is_quick)
-    if not settings.is_quick:
-        touch_memory(TOUCHED_BYTES)
-    for name, run in passes_of(problem):
-        copied_bytes = max(LEAST_COPY_BYTES, num_bytes(*forward(problem.ours, problem)))
-        source = torch.ones(copied_bytes, dtype=torch.uint8, device=problem.device)
-
-        def copy(source: Tensor = source) -> None:
-            source.clone()
-
-        contenders: dict[str, Callable[[], Any]] = {"ours": partial(run, problem.ours, problem), "copy": copy}
-        if problem.baseline is not None:
-            contenders["baseline"] = partial(run, problem.baseline, problem)
-        timings = measure(
-            contenders, problem.device, settings.repeats, baseline="baseline" if problem.baseline else None
-        )
-        ours_s, results = timings["ours"].median, timings["ours"].result
-        rate = 2 * copied_bytes / timings["copy"].median
-        floor_s = bytes_to_move(problem, results) / rate
-        row: Row = {
-            "op": case.op,
-            "name": case.name,
-            "pass": name,
-            "work": case.work,
-            "ours_ms": ours_s * 1e3,
-            "ours_runs_ms": [s * 1e3 for s in timings["ours"].seconds],
-            "copy_gb_per_s": rate / 1e9,
-            "floor_ms": floor_s * 1e3,
-            "times_floor": ours_s / floor_s,
-            "fraction_of_copy_rate": floor_s / ours_s,
-            "results_mb": num_bytes(*results) / 1e6,
+    copied_bytes = max(LEAST_COPY_BYTES, num_bytes(*forward(problem.ours, problem)))
+    source = torch.ones(copied_bytes, dtype=torch.uint8, device=problem.device)
+    contenders: dict[str, Callable[[], Any]] = {
+        "ours": partial(run, problem.ours, problem),
+        "copy": source.clone,
+    }
+    if problem.baseline is not None:
+        contenders["baseline"] = partial(run, problem.baseline, problem)
+    timings = measure(contenders, problem.device, settings.repeats, baseline="baseline" if problem.baseline else None)
+    ours, copy, baseline = (timings.get(name) for name in ("ours", "copy", "baseline"))
+    assert ours is not None
+    assert copy is not None
+    rate = 2 * copied_bytes / copy.median
+    floor_s = bytes_to_move(problem, ours.result) / rate
+    results_bytes = num_bytes(*ours.result)
+    row: Row = {
+        "ours_ms": ours.median * 1e3,
+        "ours_runs_ms": [s * 1e3 for s in ours.seconds],
+        "copy_gb_per_s": rate / 1e9,
+        "floor_ms": floor_s * 1e3,
+        "times_floor": ours.median / floor_s,
+        "fraction_of_copy_rate": floor_s / ours.median,
+        "results_mb": results_bytes / 1e6,
+    }
+    if extra_bytes is not None:
+        row |= {"extra_mb": extra_bytes / 1e6, "extra_of_results": extra_bytes / results_bytes}
+    if baseline is not None:
+        row |= {
+            "baseline": problem.baseline_name,
+            "baseline_ms": baseline.median * 1e3,
+            "baseline_runs_ms": [s * 1e3 for s in baseline.seconds],
+            "ratio": baseline.median / ours.median,
+            "agreement": compare(ours.result, baseline.result, problem).as_json(),
         }
-        if name in extra:
-            row["extra_mb"] = extra[name] / 1e6
-            row["extra_of_results"] = extra[name] / num_bytes(*results)
-        if problem.baseline is not None:
-            baseline = timings["baseline"]
-            row |= {
-                "baseline": problem.baseline_name,
-                "baseline_ms": baseline.median * 1e3,
-                "baseline_runs_ms": [s * 1e3 for s in baseline.seconds],
-                "ratio": baseline.median / ours_s,
-                "agreement": compare(results, baseline.result, problem).as_json(),
-            }
-        bars = case.forward_bars if name == "forward" else case.backward_bars
-        values = [(bar, row.get(bar.quantity)) for bar in bars]
-        row["bars"] = [
-            {"bar": bar.words, "value": value, "met": None if value is None else bar.is_met(value)}
-            for bar, value in values
-        ]
-        yield row
+    return row
 
 
 def two_ways(problems: dict[str, Problem], settings: Settings, quantity: str, limit: float) -> Iterator[Row]:
@@ -118,6 +115,7 @@ def two_ways(problems: dict[str, Problem], settings: Settings, quantity: str, li
         if first.inputs[0].dtype != second.inputs[0].dtype:
             agreement = compare(timings[second_key].result, timings[first_key].result, first, HALF_TOLERANCE)
             row["agreement"] = agreement.as_json()
+        del timings  # the results are large, and the next pass needs the memory
         yield row | {"bar": f"<= {limit:g}", "met": row[quantity] <= limit}
 
 
@@ -149,14 +147,12 @@ def growth(steps: Steps, settings: Settings) -> Iterator[Row]:
     rows: dict[str, Row] = {
         size: {"op": steps.op, "symbol": steps.symbol, "size": size, "work": steps.work} for size in problems
     }
-    num_passes = 2 if next(iter(problems.values())).differentiable else 1
-    for number in range(num_passes):
-        contenders = {}
-        for size, problem in problems.items():
-            name, run = list(passes_of(problem))[number]
-            contenders[size] = partial(run, problem.ours, problem)
+    passes = {size: dict(passes_of(problem)) for size, problem in problems.items()}
+    device = torch.device(settings.device)
+    for name in next(iter(passes.values())):
+        contenders = {size: partial(passes[size][name], problem.ours, problem) for size, problem in problems.items()}
         before = None
-        for size, timing in measure(contenders, problem.device, settings.repeats).items():
+        for size, timing in measure(contenders, device, settings.repeats).items():
             rows[size][f"{name}_ms"] = timing.median * 1e3
             if before is not None:
                 factor = timing.median / before

@@ -26,10 +26,10 @@ def one_size(key: str, *values: Any) -> dict[str, dict[str, Any]]:
     return {str(value): {key: value} for value in values}
 
 
-POOL = {"features": (2, 64, 32, 32, 32), "num_boxes": 256, "sides": (4, 20), "out": 7, "ratio": 2}
-QUICK_POOL = {"features": (1, 4, 8, 8, 8), "num_boxes": 8, "sides": (2, 6), "out": 2, "ratio": 2}
-ATTEND = {"levels": [(16, 16, 16)], "queries": 4096}
-QUICK_ATTEND = {"levels": [(4, 4, 4)], "queries": 8, "heads": 2, "channels": 4}
+POOL: dict[str, Any] = {"features": (2, 64, 32, 32, 32), "num_boxes": 256, "sides": (4, 20), "out": 7, "ratio": 2}
+QUICK_POOL: dict[str, Any] = {"features": (1, 4, 8, 8, 8), "num_boxes": 8, "sides": (2, 6), "out": 2, "ratio": 2}
+ATTEND: dict[str, Any] = {"levels": [(16, 16, 16)], "queries": 4096}
+QUICK_ATTEND: dict[str, Any] = {"levels": [(4, 4, 4)], "queries": 8, "heads": 2, "channels": 4}
 CUBES = [(32, 32, 32), (16, 16, 16), (8, 8, 8), (4, 4, 4)]
 
 
@@ -38,7 +38,7 @@ def doublings(is_quick: bool) -> list[Steps]:
     pool, attend = (QUICK_POOL, QUICK_ATTEND) if is_quick else (POOL, ATTEND)
     batch, width, *size = pool["features"]
     channels = {str(n): {"features": (batch, n, *size)} for n in (width, 2 * width, 4 * width)}
-    volumes = {f"{n}³": {"features": (batch, width, n, n, n)} for n in ((8, 16) if is_quick else (32, 64, 128))}
+    volumes = {f"{n}³": {"features": (1, width, n, n, n)} for n in ((8, 16) if is_quick else (32, 64, 128))}
     sides = {f"{n}": {"features": (batch, width, 64, 64, 64), "sides": (n, n)} for n in (8, 16, 32)}
     levels = {str(n): {"levels": CUBES[-n:] if is_quick else CUBES[:n]} for n in (1, 2, 4)}
     values = {f"{n}³": {"levels": [(n, n, n)]} for n in ((4, 8) if is_quick else (8, 16, 32, 64))}
@@ -55,7 +55,7 @@ def doublings(is_quick: bool) -> list[Steps]:
     return [
         pooling("K boxes", one_size("num_boxes", num_boxes, 2 * num_boxes, 4 * num_boxes), "x2"),
         pooling("C channels", channels, "x2"),
-        pooling("out bins an axis", one_size("out", *((2, 4) if is_quick else (7, 14, 28))), "x8"),
+        pooling("out bins an axis", one_size("out", *((2, 4) if is_quick else (4, 8, 16))), "x8"),
         pooling("ratio samples an axis", one_size("ratio", 1, 2, 4), "x8"),
         pooling("voxels of features", volumes, "x1"),
         pooling("side of a box", sides, "x1"),

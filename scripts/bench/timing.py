@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ SLOW_S = 4.0
 BUDGET_S = 6.0
 """About how long the repeated runs of one row may take together, slow baseline aside."""
 
-TOUCHED_BYTES = 6 * 2**30
-"""Memory to touch before a row: as much as the most demanding baseline takes."""
+TOUCHED_BYTES = 4 * 2**30
+"""Memory to touch before a row: about what the most demanding baseline takes."""
 
 
 @dataclass
@@ -32,14 +32,14 @@ class Timing:
 
 
 def measure(
-    contenders: dict[str, Callable[[], Any]], device: torch.device, repeats: int, baseline: str | None = None
+    contenders: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, baseline: str | None = None
 ) -> dict[str, Timing]:
     """Time the contenders by turns.
 
     Args:
         contenders: what to run, by name.
         device: waited for before and after each run.
-        repeats: turns of each; fewer, but at least three, where they do not fit into the budget.
+        repeats: turns of each; fewer where they do not fit into the budget.
         baseline: the contender that may be slow. If it is, it runs once, after half the turns of the others. The others
             run once before anything counts, as does a baseline that is not slow.
     """
@@ -77,8 +77,9 @@ def measure(
 
 
 def turns_within_budget(seconds_a_turn: float, repeats: int) -> int:
-    """How many turns that take so long each fit into the budget: 3 to `repeats`."""
-    return min(repeats, max(3, int(BUDGET_S / max(seconds_a_turn, 1e-9))))
+    """How many turns that take so long each fit into the budget: 3 to `repeats`, or 1 if it alone does not fit."""
+    least = 3 if seconds_a_turn < BUDGET_S else 1
+    return min(repeats, max(least, int(BUDGET_S / max(seconds_a_turn, 1e-9))))
 
 
 def synchronise(device: torch.device) -> None:
