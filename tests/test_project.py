@@ -14,7 +14,7 @@ import seg3d_monai
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLES = sorted(path.parent for path in (ROOT / "bundles").glob("*/configs"))
-SCRIPTS = ["scripts/setup_env", "scripts/quickstart", "scripts/test", ".ci/run"]
+SCRIPTS = ["scripts/setup_env", "scripts/quickstart", "scripts/test", "scripts/bench_ops", ".ci/run"]
 
 
 def project_files() -> list[Path]:
@@ -60,7 +60,7 @@ def test_script_is_executable_bash(script: str) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
-@pytest.mark.parametrize("script", ["scripts/quickstart", "scripts/test"])
+@pytest.mark.parametrize("script", ["scripts/quickstart", "scripts/test", "scripts/bench_ops"])
 def test_script_help_comes_before_any_work(script: str, tmp_path: Path) -> None:
     shown = subprocess.run([str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert script in shown.stdout
