@@ -9,6 +9,7 @@ are registered. Called directly, `roi_align3d` is differentiable by plain autogr
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,9 +88,10 @@ def ms_deform_attn3d(
     n, queries, heads = sampling_locations.shape[:3]
     result = sampling_locations.new_zeros((n, queries, heads, value.shape[3]))
     image, head = _image_and_head(value)
-    for corner in _corners(spatial_shapes, sampling_locations, attention_weights):
-        rows = value[image, corner.row, head].to(result.dtype)
-        result += torch.einsum("nqmp,nqmpc->nqmc", corner.weight * corner.attention, corner.masked(rows))
+    with torch.autocast(value.device.type, enabled=False):
+        for corner in _corners(value, spatial_shapes, sampling_locations, attention_weights):
+            rows = value[image, corner.row, head].to(result.dtype)
+            result += torch.einsum("nqmp,nqmpc->nqmc", corner.weight * corner.attention, corner.masked(rows))
     return result.flatten(2).to(value.dtype)
 
 
@@ -103,14 +105,15 @@ def ms_deform_attn3d_backward(
     grad_locations = torch.zeros_like(sampling_locations)
     grad_weights = torch.zeros_like(attention_weights)
     image, head = _image_and_head(value)
-    for corner in _corners(spatial_shapes, sampling_locations, attention_weights):
-        rows = corner.masked(value[image, corner.row, head].to(accumulate))
-        product = torch.einsum("nqmc,nqmpc->nqmp", grads, rows)
-        grad_weights[:, :, :, corner.level] += corner.weight * product
-        grad_locations[:, :, :, corner.level] += corner.slope * (corner.attention * product)[..., None]
-        share = (corner.weight * corner.attention)[..., None] * grads[:, :, :, None]
-        index = (image.expand_as(corner.row), corner.row, head.expand_as(corner.row))
-        grad_value.index_put_(index, corner.masked(share), accumulate=True)
+    with torch.autocast(value.device.type, enabled=False):
+        for corner in _corners(value, spatial_shapes, sampling_locations, attention_weights):
+            rows = corner.masked(value[image, corner.row, head].to(accumulate))
+            product = torch.einsum("nqmc,nqmpc->nqmp", grads, rows)
+            grad_weights[:, :, :, corner.level] += corner.weight * product
+            grad_locations[:, :, :, corner.level] += corner.slope * (corner.attention * product)[..., None]
+            share = (corner.weight * corner.attention)[..., None] * grads[:, :, :, None]
+            index = (image.expand_as(corner.row), corner.row, head.expand_as(corner.row))
+            grad_value.index_put_(index, corner.masked(share), accumulate=True)
     return grad_value.to(value.dtype), grad_locations, grad_weights
 
 
@@ -167,10 +170,15 @@ class _Corner:
         return torch.where(self.is_inside[..., None], rows, 0.0)
 
 
-def _corners(spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> Iterator[_Corner]:
+def _corners(
+    value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> Iterator[_Corner]:
     """All corners of all levels. The arithmetic, to the order of its operations, is that of csrc/trilinear.h."""
+    shapes = spatial_shapes.tolist()
+    if min(itertools.chain(*shapes), default=1) < 1 or sum(map(math.prod, shapes)) != value.shape[1]:
+        raise ValueError(f"spatial_shapes {shapes} must be positive and cover the {value.shape[1]} rows of value")
     start = 0
-    for level, shape in enumerate(spatial_shapes.tolist()):
+    for level, shape in enumerate(shapes):
         size = sampling_locations.new_tensor(shape)
         position = sampling_locations[:, :, :, level] * size - 0.5
         is_near = (position >= -1) & (position < size)

@@ -41,6 +41,62 @@ def test_equals_the_naive_loop(out, scale, sampling_ratio, aligned):
     np.testing.assert_allclose(pooled.numpy(), expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 2, 8, 19, 33])
+def test_any_number_of_channels_in_both_layouts(channels, dtype, layout):
+    features = make_features(2, channels, 4, 5, 19, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    pooled = roi_align3d(features, BOXES * 1.5, IMAGES, (2, 3, 4), 1.0, 2)
+    exact = features.detach().double().contiguous()
+    expected = naive_oracle.roi_align(
+        exact.numpy(), (BOXES * 1.5).numpy(), IMAGES.tolist(), (2, 3, 4), [1.0] * 3, 2, True
+    )
+    resolution = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]  # the boxes are float32
+    np.testing.assert_allclose(pooled.detach().double().numpy(), expected, rtol=resolution, atol=resolution)
+    assert pooled.is_contiguous(memory_format=layout)
+
+    # The gradient is the transposed linear map: <pool(f), g> = <f, gradient of g>.
+    weights = make_features(*pooled.shape, seed=1, dtype=dtype)
+    (gradient,) = torch.autograd.grad(pooled, features, weights)
+    assert gradient.is_contiguous(memory_format=layout)
+    left, right = (torch.tensor(expected) * weights.double()).sum(), (exact * gradient.double()).sum()
+    torch.testing.assert_close(left, right, rtol=resolution, atol=30 * resolution)
+
+
+def test_views_are_read_where_they_lie():
+    channels_last = make_features(2, 24, 4, 5, 19).contiguous(memory_format=torch.channels_last_3d)
+    for whole in (channels_last, channels_last.contiguous()):
+        part = whole[:, 3:20, 1:, ::2, 2:15]
+        expected = roi_align3d(part.contiguous(), BOXES, IMAGES, (2, 3, 4))
+        torch.testing.assert_close(roi_align3d(part, BOXES, IMAGES, (2, 3, 4)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_boxes_far_apart_in_large_features(dtype):
+    # The windows of these boxes do not fit together into one block of the kernel.
+    features = make_features(1, 16, 20, 70, 90, dtype=dtype).requires_grad_()
+    generator = torch.Generator().manual_seed(5)
+    low = torch.rand(40, 3, generator=generator) * torch.tensor([15.0, 60.0, 80.0])
+    boxes = torch.cat([low, low + 1 + 9 * torch.rand(40, 3, generator=generator)], 1)
+    boxes = torch.cat([boxes, torch.tensor([[0.0, 0.0, 0.0, 20.0, 70.0, 90.0]])])
+    images = torch.zeros(41, dtype=torch.int64)
+    pooled = roi_align3d(features, boxes, images, (2, 3, 2))
+    resolution = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
+    exact = features.detach().double()
+    expected = reference.roi_align3d(exact, boxes, images, 2, 3, 2, 1.0, 1.0, 1.0, 0, True)
+    torch.testing.assert_close(
+        pooled.double(), expected, rtol=resolution, atol=1e-4 if dtype != torch.float64 else 1e-5
+    )
+    weights = make_features(*pooled.shape, seed=1, dtype=dtype)
+    (gradient,) = torch.autograd.grad(pooled, features, weights)
+    expected = reference.roi_align3d_backward(
+        weights.double(), boxes, images, 1, 20, 70, 90, 1.0, 1.0, 1.0, 0, True, False
+    )
+    torch.testing.assert_close(
+        gradient.double(), expected, rtol=resolution, atol=1e-4 if dtype != torch.float64 else 1e-5
+    )
+
+
 def test_a_box_on_the_voxel_grid_pools_its_own_voxels():
     features = make_features(1, 2, 4, 5, 7)
     pooled = roi_align3d(features, torch.tensor([[1.0, 2.0, 3.0, 3.0, 5.0, 7.0]]), torch.tensor([0]), (2, 3, 4))
@@ -245,9 +301,31 @@ def test_the_operator_passes_torchs_own_checks():
         torch.ops.seg3d.roi_align3d.default, (features, BOXES, IMAGES, 2, 1, 3, 0.5, 1.0, 2.0, 0, True)
     )
     gradient = make_features(len(BOXES), 2, 2, 1, 3)
+    for channels_last in (False, True):
+        torch.library.opcheck(
+            torch.ops.seg3d.roi_align3d_backward.default,
+            (gradient, BOXES, IMAGES, 2, 3, 4, 5, 0.5, 1.0, 2.0, 0, True, channels_last),
+        )
+
+
+def test_channels_last_features_pass_torchs_own_checks():
+    features = make_features(2, 3, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     torch.library.opcheck(
-        torch.ops.seg3d.roi_align3d_backward.default, (gradient, BOXES, IMAGES, 2, 3, 4, 5, 0.5, 1.0, 2.0, 0, True)
+        torch.ops.seg3d.roi_align3d.default, (features, BOXES, IMAGES, 2, 1, 3, 0.5, 1.0, 2.0, 0, True)
     )
+
+
+def test_exports():
+    class Pool(torch.nn.Module):
+        def forward(self, features, boxes, images):
+            return roi_align3d(features, boxes, images, (2, 3, 2), spatial_scale=0.5)
+
+    features = make_features(2, 3, 4, 5, 7, dtype=torch.float32)
+    count = torch.export.Dim("count", min=2)
+    dynamic = {"features": None, "boxes": {0: count}, "images": {0: count}}
+    program = torch.export.export(Pool(), (features, BOXES, IMAGES), dynamic_shapes=dynamic)
+    actual = program.module()(features, BOXES[:4], IMAGES[:4])
+    torch.testing.assert_close(actual, Pool()(features, BOXES[:4], IMAGES[:4]))
 
 
 def test_compiles_without_a_graph_break():
