@@ -112,5 +112,5 @@ def _ops() -> str:
     paths: dict[str, list[str]] = {}
     for row in status():
         where = row["library"] or row["reason"]
-        paths.setdefault(f"{row['path']}" + (f" ({where})" if where else ""), []).append(str(row["op"]))
+        paths.setdefault(f"{row['path']} on {row['device']}" + (f" ({where})" if where else ""), []).append(str(row["op"]))
     return "; ".join(f"{', '.join(names)}: {path}" for path, names in paths.items())

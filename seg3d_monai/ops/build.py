@@ -1,6 +1,7 @@
-"""Compile csrc into one shared library: find the compiler, name the library by what went into it, write it atomically.
+"""Compile csrc into a shared library: find the compiler, name the library by what went into it, write it atomically.
 
-It knows nothing of operators, of when to build, or of what to do if that fails; ops/loading.py decides that.
+A `Recipe` says what is built and how: `cpu_recipe` here, `cuda_recipe` in ops/build_cuda.py. This file knows nothing of
+operators, of when to build, or of what to do if that fails; ops/loading.py decides that.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,17 +43,75 @@ class BuildError(RuntimeError):
     """The library cannot be built here; the message is the cause."""
 
 
-def sources() -> list[Path]:
-    """The C++ files of the library, sorted."""
-    return sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
+@dataclass(frozen=True)
+class Recipe:
+    """One library: `name`-HASH.so, where HASH covers all that it depends on.
+
+    Attributes:
+        name: the beginning of the library's name.
+        sources: its source files.
+        compiler: the command that takes `-c SOURCE -o OBJECT`.
+        linker: the command that takes OBJECTS `-o LIBRARY` and `libraries`.
+        libraries: what it is linked with.
+        fingerprint: versions and machine, beyond sources and commands, that a locally built library depends on.
+    """
+
+    name: str
+    sources: tuple[Path, ...]
+    compiler: tuple[str, ...]
+    linker: tuple[str, ...]
+    libraries: tuple[str, ...]
+    fingerprint: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Name of a locally built library: 12 hex digits for the sources, 16 for everything else."""
+        rest = chr(0).join((*self.fingerprint, *self.compiler, *self.linker, *self.libraries))
+        return f"{self.name}-{source_hash(self.sources)}-{hashlib.sha256(rest.encode()).hexdigest()[:16]}"
 
 
-def source_hash() -> str:
-    """Hash of every source and header, 12 hex digits; it does not depend on where the package lies."""
+def cpu_sources() -> tuple[Path, ...]:
+    """The C++ files of the CPU's library, sorted."""
+    return (*sorted(CSRC.glob("*.cpp")), *sorted(CSRC.glob("cpu/*.cpp")))
+
+
+def source_hash(sources: tuple[Path, ...]) -> str:
+    """Hash of the sources and of every header, 12 hex digits; it does not depend on where the package lies."""
     digest = hashlib.sha256()
-    for file in [*sources(), *sorted(CSRC.rglob("*.h"))]:
+    for file in (*sources, *sorted(CSRC.rglob("*.h")), *sorted(CSRC.rglob("*.cuh"))):
         digest.update(file.relative_to(CSRC).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def cpu_recipe(*, native: bool = True) -> Recipe:
+    """How the CPU's library is built with the C++ compiler of this machine.
+
+    Args:
+        native: for this machine's own processor, which is faster; False for a library that is given away.
+
+    Raises:
+        BuildError: there is no compiler, or it does not run.
+    """
+    compiler = find_compiler()
+    return Recipe(
+        name="ops",
+        sources=cpu_sources(),
+        compiler=(*compiler, *FLAGS, *(native_flags() if native else ()), *include_flags()),
+        linker=(*compiler, "-shared"),
+        libraries=(f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"),
+        fingerprint=(run([*compiler, "--version"]), torch.__version__, _processor()),
+    )
+
+
+def torch_folder() -> Path:
+    """Where torch is installed."""
+    return Path(torch.__file__).resolve().parent
+
+
+def include_flags() -> tuple[str, ...]:
+    """Where the headers are. The prefix maps keep this machine's paths out of the library's error messages."""
+    prefixes = (f"-ffile-prefix-map={CSRC}=csrc", f"-ffile-prefix-map={torch_folder()}=torch")
+    return (*prefixes, f"-I{CSRC}", "-isystem", str(torch_folder() / "include"))
 
 
 def find_compiler() -> list[str]:
@@ -77,16 +137,6 @@ def native_flags() -> list[str]:
     return ["-march=native"] if sys.platform == "linux" and machine in ("x86_64", "aarch64") else []
 
 
-def cache_key(compiler: list[str]) -> str:
-    """Name of a locally built library: sources, compiler, torch, flags and processor, 16 hex digits more than sources.
-
-    Raises:
-        BuildError: the compiler does not run.
-    """
-    parts = [_run([*compiler, "--version"]), torch.__version__, *FLAGS, *native_flags(), _processor()]
-    return f"{source_hash()}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
-
-
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/seg3d_monai`, else `~/.cache/seg3d_monai`.
 
@@ -102,35 +152,29 @@ def cache_folder() -> Path:
         raise BuildError(f"no folder for the cache ({error})") from error
 
 
-def compile_library(target: Path, compiler: list[str], extra_flags: list[str]) -> None:
+def compile_library(target: Path, recipe: Recipe) -> None:
     """Compile all sources and link them to `target`, which appears whole or not at all.
 
     Args:
         target: path of the library; its folder is made if needed.
-        compiler: command of the C++ compiler.
-        extra_flags: flags besides FLAGS, for compiling.
+        recipe: what to build and how.
 
     Raises:
         BuildError: a step failed; the message holds the compiler's own last words.
     """
-    torch_folder = Path(torch.__file__).resolve().parent
-    # The prefix maps keep this machine's paths out of the library's error messages.
-    prefixes = [f"-ffile-prefix-map={CSRC}=csrc", f"-ffile-prefix-map={torch_folder}=torch"]
-    includes = [*prefixes, f"-I{CSRC}", "-isystem", str(torch_folder / "include")]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{target.stem}.build-", dir=target.parent) as scratch_name:
             scratch = Path(scratch_name)
-            objects = [scratch / f"{index}.o" for index in range(len(sources()))]
+            objects = [scratch / f"{index}.o" for index in range(len(recipe.sources))]
             commands = [
-                [*compiler, *FLAGS, *extra_flags, *includes, "-c", str(source), "-o", str(made)]
-                for source, made in zip(sources(), objects, strict=True)
+                [*recipe.compiler, "-c", str(source), "-o", str(made)]
+                for source, made in zip(recipe.sources, objects, strict=True)
             ]
             with ThreadPoolExecutor(max_workers=min(len(commands), os.cpu_count() or 1)) as pool:
-                list(pool.map(_run, commands))
+                list(pool.map(run, commands))
             made = scratch / target.name
-            libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-            _run([*compiler, "-shared", "-o", str(made), *map(str, objects), *libraries])
+            run([*recipe.linker, *map(str, objects), "-o", str(made), *recipe.libraries])
             with made.open("rb") as file:
                 os.fsync(file.fileno())
             made.replace(target)
@@ -138,16 +182,15 @@ def compile_library(target: Path, compiler: list[str], extra_flags: list[str]) -
         raise BuildError(f"cannot write {target.parent} ({error})") from error
 
 
-def build_into_cache() -> tuple[Path, bool]:
+def build_into_cache(recipe: Recipe) -> tuple[Path, bool]:
     """Path of this machine's own library, and whether it had to be compiled now.
 
     Processes that want the same library wait for each other; one builds it. What a killed build left is removed.
 
     Raises:
-        BuildError: there is no compiler, it failed, or the cache cannot be written.
+        BuildError: the compiler failed, or the cache cannot be written.
     """
-    compiler = find_compiler()
-    target = cache_folder() / f"{cache_key(compiler)}.so"
+    target = cache_folder() / f"{recipe.key}.so"
     if target.exists():
         return target, False
     try:
@@ -160,8 +203,8 @@ def build_into_cache() -> tuple[Path, bool]:
         if is_locked:
             for left_over in target.parent.glob(f"{target.stem}.build-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
-        logger.warning("compiling the operators of seg3d_monai into %s; this happens once, and takes seconds", target)
-        compile_library(target, compiler, native_flags())
+        logger.warning("compiling the operators of seg3d_monai into %s; this happens once", target)
+        compile_library(target, recipe)
     return target, True
 
 
@@ -184,7 +227,7 @@ def _locked(path: Path) -> Iterator[bool]:
         yield is_locked
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
     """Output of a command; BuildError with its last words if it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)

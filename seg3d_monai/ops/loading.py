@@ -1,21 +1,27 @@
 """Decide once per process whether the operators run compiled: a prebuilt library, else one built into the user's cache,
 else plain PyTorch with one warning. `SEG3D_OPS=compiled|reference` forces one.
 
-It knows nothing of what the operators are; ops/registration.py binds them.
+The CPU's library is loaded with the package, the CUDA kernels when they are first needed: before that, importing the
+package must not start CUDA, which would break processes that fork. This file knows nothing of what the operators are;
+ops/registration.py binds them.
 """
 
+import functools
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from seg3d_monai.ops.build import BuildError, build_into_cache, source_hash
+from seg3d_monai.ops.build import BuildError, Recipe, build_into_cache, cpu_recipe, cpu_sources, source_hash
+from seg3d_monai.ops.build_cuda import cuda_recipe, cuda_sources
 
 PREBUILT = Path(__file__).resolve().parent.parent / "_lib"
 MEND = "install a C++ compiler (for example g++ >= 11), or run scripts/build_ops where there is one"
+MEND_CUDA = "install the CUDA toolkit that fits torch, or run scripts/build_ops --cuda where there is one"
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +37,36 @@ class Loaded:
 
 def prebuilt_library() -> Path:
     """Where scripts/build_ops puts the library. Its name holds the sources' hash, so a stale one is never taken."""
-    return PREBUILT / f"ops-{source_hash()}.so"
+    return PREBUILT / f"ops-{source_hash(cpu_sources())}.so"
+
+
+def prebuilt_cuda_library() -> Path:
+    """The same for the CUDA kernels."""
+    return PREBUILT / f"ops-cuda-{source_hash(cuda_sources())}.so"
 
 
 def load_operators() -> Loaded:
-    """Load the compiled operators if possible.
+    """Load the compiled operators of the CPU if possible.
 
     Raises:
         ValueError: SEG3D_OPS is neither 'compiled' nor 'reference'.
         RuntimeError: SEG3D_OPS=compiled and there is no way to load or build the library.
     """
+    return _load_first(prebuilt_library(), cpu_recipe, "its operators", MEND)
+
+
+@functools.cache
+def load_cuda_operators() -> Loaded:
+    """Load the CUDA kernels if possible, once per process; needs a GPU. Raises as `load_operators`."""
+
+    def recipe() -> Recipe:
+        capabilities = [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())]
+        return cuda_recipe(capabilities)
+
+    return _load_first(prebuilt_cuda_library(), recipe, "its operators on CUDA", MEND_CUDA)
+
+
+def _load_first(prebuilt: Path, recipe: Callable[[], Recipe], what: str, mend: str) -> Loaded:
     wanted = os.environ.get("SEG3D_OPS", "")
     if wanted not in ("", "compiled", "reference"):
         raise ValueError(f"SEG3D_OPS={wanted!r} is not known; set it to 'compiled' or 'reference', or unset it")
@@ -48,30 +74,30 @@ def load_operators() -> Loaded:
         return Loaded("reference", "SEG3D_OPS=reference", None)
 
     causes = []
-    if prebuilt_library().exists():
+    if prebuilt.exists():
         try:
-            return _load(prebuilt_library(), "prebuilt with the package")
+            return _load(prebuilt, "prebuilt with the package")
         except BuildError as error:
             logger.warning("the prebuilt operators are left aside: %s", error)
             causes.append(str(error))
     try:
-        return _load_from_cache()
+        return _load_from_cache(recipe())
     except BuildError as error:
         causes.append(str(error))
     cause = "; ".join(causes)
     if wanted == "compiled":
-        raise RuntimeError(f"SEG3D_OPS=compiled, but the operators cannot be compiled: {cause}; {MEND}, or unset it")
+        raise RuntimeError(f"SEG3D_OPS=compiled, but the operators cannot be compiled: {cause}; {mend}, or unset it")
     warnings.warn(
-        f"seg3d_monai runs its operators in plain PyTorch, which is slower: {cause}. To mend it, {MEND}; "
+        f"seg3d_monai runs {what} in plain PyTorch, which is slower: {cause}. To mend it, {mend}; "
         "SEG3D_OPS=reference accepts it without this warning.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
     return Loaded("reference", cause, None)
 
 
-def _load_from_cache() -> Loaded:
-    library, is_new = build_into_cache()
+def _load_from_cache(recipe: Recipe) -> Loaded:
+    library, is_new = build_into_cache(recipe)
     if not is_new:
         try:
             return _load(library, "compiled earlier on this machine")
@@ -79,7 +105,7 @@ def _load_from_cache() -> Loaded:
             # A damaged file in the cache is ours to replace.
             logger.warning("rebuilding the compiled operators: %s", error)
             library.unlink(missing_ok=True)
-            library, _ = build_into_cache()
+            library, _ = build_into_cache(recipe)
     return _load(library, "compiled on this machine")
 
 

@@ -1,17 +1,19 @@
 """Bind the operators to PyTorch when this module is imported: schemas, kernels, fake kernels, autograd.
 
-A compiled library brings the schemas and the kernels of its devices. ops/reference.py serves every other device, or all
-of them if there is no library; a later CUDA kernel takes its place simply by being in the library.
+The compiled libraries bring the kernels of their devices, and the CPU's also the schemas. ops/reference.py serves every
+other device, or all of them if there is no library. The first call on CUDA loads the CUDA kernels, which then take its
+place.
 """
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seg3d_monai.ops import reference
-from seg3d_monai.ops.loading import load_operators
+from seg3d_monai.ops.loading import load_cuda_operators, load_operators
 from seg3d_monai.ops.schemas import NAMESPACE, SCHEMAS
 
 REFERENCE_KERNELS = {
@@ -24,22 +26,44 @@ REFERENCE_KERNELS = {
 }
 PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d", "ms_deform_attn3d")
 
+
+
+def _on_other_devices(name: str) -> Callable[..., Any]:
+    """The kernel of a device that has no compiled one yet."""
+
+    def kernel(*arguments: Any) -> Any:
+        is_on_cuda = any(isinstance(argument, Tensor) and argument.is_cuda for argument in arguments)
+        if is_on_cuda and load_cuda_operators().path == "compiled":
+            return getattr(torch.ops.seg3d, name)(*arguments)
+        return REFERENCE_KERNELS[name](*arguments)
+
+    return kernel
+
+
 LOADED = load_operators()
 # Registrations live as long as this object.
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     if LOADED.path == "reference":
         _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, REFERENCE_KERNELS[_name], "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _on_other_devices(_name), "CompositeExplicitAutograd")
 
 
 def status() -> list[dict[str, str | None]]:
-    """How each operator runs on the CPU in this process, for `seg3d doctor`.
+    """How each operator runs in this process on the CPU, and on CUDA if there is a GPU, for `seg3d doctor`.
 
     Returns:
-        One dict per operator: op, path ('compiled' or 'reference'), reason, library (file or None).
+        One dict per operator and device: op, device ('cpu' or 'cuda'), path ('compiled' or 'reference'), reason,
+        library (file or None).
     """
-    return [{"op": op, "path": LOADED.path, "reason": LOADED.reason, "library": LOADED.library} for op in PUBLIC]
+    loaded = {"cpu": LOADED}
+    if torch.cuda.is_available():
+        loaded["cuda"] = load_cuda_operators()
+    return [
+        {"op": op, "device": device, "path": how.path, "reason": how.reason, "library": how.library}
+        for device, how in loaded.items()
+        for op in PUBLIC
+    ]
 
 
 @torch.library.register_fake(f"{NAMESPACE}::roi_align3d")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seg3d_monai.ops import build, loading, prebuild, registration, status
-from seg3d_monai.ops.build import BuildError, build_into_cache
+from seg3d_monai.ops.build import BuildError, build_into_cache, cpu_recipe
 from seg3d_monai.ops.schemas import SCHEMAS
 
 RUN = """
@@ -84,8 +84,11 @@ def run_python(code, **environment):
 
 def test_status_names_each_public_operator():
     rows = status()
-    assert [row["op"] for row in rows] == ["roi_align3d", "nms3d", "batched_nms3d"]
-    assert all(row["path"] == registration.LOADED.path and row["reason"] for row in rows)
+    names = ["roi_align3d", "nms3d", "batched_nms3d", "ms_deform_attn3d"]
+    assert [row["op"] for row in rows if row["device"] == "cpu"] == names
+    assert [row["op"] for row in rows if row["device"] == "cuda"] == names * torch.cuda.is_available()
+    on_cpu = [row for row in rows if row["device"] == "cpu"]
+    assert all(row["path"] == registration.LOADED.path and row["reason"] for row in on_cpu)
     assert all((row["library"] is not None) == (row["path"] == "compiled") for row in rows)
 
 
@@ -96,25 +99,25 @@ def test_library_and_python_declare_the_same_schema(name):
 
 def test_the_cache_is_used_again_and_a_changed_header_makes_a_new_library(cache, csrc, make_compiler, tmp_path):
     make_compiler()
-    library, is_new = build_into_cache()
+    library, is_new = build_into_cache(cpu_recipe())
     assert is_new
     assert library.parent == cache
     assert compiled_files(tmp_path) == 2
-    assert build_into_cache() == (library, False)
+    assert build_into_cache(cpu_recipe()) == (library, False)
     assert compiled_files(tmp_path) == 2
     prebuilt = loading.prebuilt_library()
     (csrc / "constant.h").write_text("#pragma once\n#define ANSWER 9\n")
     assert loading.prebuilt_library() != prebuilt
-    changed, is_new = build_into_cache()
+    changed, is_new = build_into_cache(cpu_recipe())
     assert is_new
     assert changed != library
 
 
 @pytest.mark.parametrize("change", ["flags", "torch", "processor", "compiler"])
 def test_the_key_holds_all_that_the_library_depends_on(change, monkeypatch):
-    monkeypatch.setattr(build, "_run", lambda command: "compiler 1")
-    before = build.cache_key(["c++"])
-    assert build.cache_key(["c++"]) == before
+    monkeypatch.setattr(build, "run", lambda command: "compiler 1")
+    before = cpu_recipe().key
+    assert cpu_recipe().key == before
     if change == "flags":
         monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
     elif change == "torch":
@@ -122,13 +125,13 @@ def test_the_key_holds_all_that_the_library_depends_on(change, monkeypatch):
     elif change == "processor":
         monkeypatch.setattr(build, "_processor", lambda: "another processor")
     else:
-        monkeypatch.setattr(build, "_run", lambda command: "compiler 2")
-    assert build.cache_key(["c++"]) != before
+        monkeypatch.setattr(build, "run", lambda command: "compiler 2")
+    assert cpu_recipe().key != before
 
 
 def build_and_answer(answers, start):
     start.wait()
-    answers.put(build_into_cache()[1])
+    answers.put(build_into_cache(cpu_recipe())[1])
 
 
 def test_two_processes_build_once(cache, make_compiler, tmp_path):
@@ -146,7 +149,7 @@ def test_two_processes_build_once(cache, make_compiler, tmp_path):
 
 def build_in_own_session():
     os.setsid()
-    build_into_cache()
+    build_into_cache(cpu_recipe())
 
 
 def test_a_killed_build_leaves_nothing_that_harms_the_next(cache, make_compiler, tmp_path):
@@ -161,7 +164,7 @@ def test_a_killed_build_leaves_nothing_that_harms_the_next(cache, make_compiler,
     assert not list(cache.glob("*.so"))
     assert list(cache.glob("*.build-*"))
     make_compiler()
-    library, is_new = build_into_cache()
+    library, is_new = build_into_cache(cpu_recipe())
     assert is_new
     assert library.exists()
     assert not list(cache.glob("*.build-*"))
@@ -169,7 +172,7 @@ def test_a_killed_build_leaves_nothing_that_harms_the_next(cache, make_compiler,
 
 def test_a_damaged_library_in_the_cache_is_built_anew(cache, make_compiler, caplog):
     make_compiler()
-    library, _ = build_into_cache()
+    library, _ = build_into_cache(cpu_recipe())
     library.write_bytes(b"not a library")
     loaded = loading.load_operators()
     assert (loaded.path, loaded.library) == ("compiled", str(library))
@@ -224,7 +227,7 @@ def test_a_cache_that_cannot_be_written_is_named(make_compiler, tmp_path, monkey
     (tmp_path / "a_file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a_file"))
     with pytest.raises(BuildError, match=r"cannot write .*a_file"):
-        build_into_cache()
+        build_into_cache(cpu_recipe())
 
 
 def test_forcing_the_compiled_operators_where_they_cannot_be_is_an_error(cache, monkeypatch):
@@ -244,7 +247,7 @@ def test_a_prebuilt_library_comes_first_and_a_broken_one_is_said_and_left(cache,
     make_compiler()
     loading.PREBUILT.mkdir()
     loading.prebuilt_library().write_bytes(b"not a library")
-    monkeypatch.setattr(loading, "build_into_cache", lambda: (_ for _ in ()).throw(BuildError("no cache today")))
+    monkeypatch.setattr(loading, "build_into_cache", lambda recipe: (_ for _ in ()).throw(BuildError("no cache today")))
     with pytest.warns(RuntimeWarning, match="does not load .*; no cache today"):
         loading.load_operators()
     assert "the prebuilt operators are left aside" in caplog.text
@@ -261,12 +264,12 @@ def test_prebuilding_replaces_the_library_of_older_sources(cache, make_compiler,
     loading.PREBUILT.mkdir()
     old = loading.PREBUILT / "ops-0123456789ab.so"
     old.touch()
-    assert prebuild.main() == 0
+    assert prebuild.main([]) == 0
     assert capsys.readouterr().out.strip() == str(loading.prebuilt_library())
     assert list(loading.PREBUILT.iterdir()) == [loading.prebuilt_library()]
     assert loading.load_operators().reason == "prebuilt with the package"
     monkeypatch.setenv("CXX", "/nonexistent/compiler")
-    assert prebuild.main() == 1
+    assert prebuild.main([]) == 1
     assert "CXX=/nonexistent/compiler was not found" in capsys.readouterr().err
 
 
