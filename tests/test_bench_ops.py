@@ -113,7 +113,7 @@ def test_growth(quick):
     assert symbols >= {("roi_align3d", "K"), ("roi_align3d", "C"), ("roi_align3d", "out"), ("nms3d", "n")}
     assert symbols >= {("ms_deform_attn3d", "Lq"), ("ms_deform_attn3d", "L")}
     for row in result["doubling"]:
-        times = [value for key, value in row.items() if key.endswith(("_ms", "_factor"))]
+        times = [value for key, value in row.items() if key.endswith(("forward_ms", "backward_ms", "_factor"))]
         assert times
         assert all(0 < value < math.inf for value in times)
 

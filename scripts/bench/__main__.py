@@ -88,10 +88,10 @@ def main() -> None:
         result[job.section] += job.run()
         # What goes on is said on stderr; stdout holds the report alone.
         print(f"{job.full_name} took {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        if arguments.json:  # after every row: a run that is stopped leaves what it measured
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(report.text(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.nn.functional import grid_sample
 from bench.problem import Problem
 from seg3d_monai.ops import roi_align3d
 
-CHUNK_BYTES = 3 * 2**29
+CHUNK_BYTES = 1_450_000_000
 """Samples [C, K, samples] that one call may make; it is split between boxes only where it would make more."""
 OUTSIDE = -3.0
 """A normalised coordinate so far out that grid_sample's zero padding gives 0."""

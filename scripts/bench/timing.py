@@ -26,6 +26,11 @@ class Timing:
     result: Any = None
 
     @property
+    def runs_ms(self) -> list[float]:
+        """The runs in milliseconds: their spread shows how busy the machine was."""
+        return [seconds * 1e3 for seconds in self.seconds]
+
+    @property
     def median(self) -> float:
         """Median of the runs, in seconds."""
         return statistics.median(self.seconds)
