@@ -112,5 +112,6 @@ def _ops() -> str:
     paths: dict[str, list[str]] = {}
     for row in status():
         where = row["library"] or row["reason"]
-        paths.setdefault(f"{row['path']} on {row['device']}" + (f" ({where})" if where else ""), []).append(str(row["op"]))
+        path = f"{row['path']} on {row['device']}" + (f" ({where})" if where else "")
+        paths.setdefault(path, []).append(str(row["op"]))
     return "; ".join(f"{', '.join(names)}: {path}" for path, names in paths.items())

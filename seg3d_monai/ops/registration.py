@@ -16,7 +16,7 @@ from seg3d_monai.ops import reference
 from seg3d_monai.ops.loading import load_cuda_operators, load_operators
 from seg3d_monai.ops.schemas import NAMESPACE, SCHEMAS
 
-REFERENCE_KERNELS = {
+REFERENCE_KERNELS: dict[str, Callable[..., Any]] = {
     "roi_align3d": reference.roi_align3d,
     "roi_align3d_backward": reference.roi_align3d_backward,
     "ms_deform_attn3d": reference.ms_deform_attn3d,
@@ -25,7 +25,6 @@ REFERENCE_KERNELS = {
     "batched_nms3d": reference.batched_nms3d,
 }
 PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d", "ms_deform_attn3d")
-
 
 
 def _on_other_devices(name: str) -> Callable[..., Any]:
