@@ -13,8 +13,11 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/lanes.h"
@@ -57,76 +60,108 @@ struct Item {
 
 // As many samples of one (query, head) as a vector has lanes. Corner c has the bits (z, y, x), 1 for the high side.
 template <typename acc_t>
-struct SampleBlock {
+class SampleBlock {
+ public:
   using Index = typename VecOf<acc_t>::index;
   static constexpr int64_t lanes = num_lanes<acc_t>;
 
-  // What is the same for every query and head.
-  Vec<acc_t> size[3];
-  Index last[3], row_step[3], start;
-  int64_t corner_offset[lanes][kCorners];  // in numbers, from corner 0
-  int64_t first, count, row_stride;
-
-  // What differs.
-  Vec<acc_t> weight[3][2];
-  alignas(64) int64_t row[lanes];  // of corner 0, in numbers
-  Index inside;                    // bit c: corner c is inside
-
+  // Row r of the value, or of its gradient, begins r * row_stride numbers after the first.
   SampleBlock(const Sizes& sizes, int64_t row_stride, int64_t first)
-      : size(),
-        row_step(),
-        start(),
-        first(first),
-        count(std::min(lanes, sizes.num_samples() - first)),
-        row_stride(row_stride) {
-    // Lanes without a sample have no voxel inside.
-    last[0] = last[1] = last[2] = Index{} - 1;
-    for (int64_t i = 0; i < count; ++i) {
+      : first_(first), count_(std::min(lanes, sizes.num_samples() - first)), row_stride_(row_stride) {
+    for (int64_t i = 0; i < count_; ++i) {
       const Level& level = sizes.levels[(first + i) / sizes.points];
       const int64_t steps[3] = {level.size[1] * level.size[2], level.size[2], 1};
       for (int axis = 0; axis < 3; ++axis) {
-        size[axis][i] = static_cast<acc_t>(level.size[axis]);
-        last[axis][i] = level.size[axis] - 1;
-        row_step[axis][i] = steps[axis];
+        size_[axis][i] = static_cast<acc_t>(level.size[axis]);
+        last_[axis][i] = level.size[axis] - 1;
+        row_step_[axis][i] = steps[axis];
       }
-      start[i] = level.start;
+      start_[i] = level.start;
       for (int64_t c = 0; c < kCorners; ++c) {
-        corner_offset[i][c] = ((c >> 2) * steps[0] + (c >> 1 & 1) * steps[1] + (c & 1)) * row_stride;
+        corner_step_[c][i] = ((c >> 2) * steps[0] + (c >> 1 & 1) * steps[1] + (c & 1)) * row_stride;
       }
     }
   }
+
+  int64_t first() const { return first_; }
+  int64_t count() const { return count_; }
 
   // Place the samples of one (query, head): zero_padded_sample of trilinear.h for all lanes at once.
   void place(const acc_t* locations) {
-    acc_t by_axis[3][lanes] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      for (int axis = 0; axis < 3; ++axis) {
-        by_axis[axis][i] = locations[i * 3 + axis];
-      }
+    Vec<acc_t> positions[3];
+    if (count_ == lanes) {
+      load_triples<acc_t>(locations, positions);
+    } else {
+      acc_t padded[3 * lanes] = {};
+      std::copy(locations, locations + 3 * count_, padded);
+      load_triples<acc_t>(padded, positions);
     }
-    Index rows = start, side_inside[3][2];
+    Index row = start_, side_inside[3][2];
     for (int axis = 0; axis < 3; ++axis) {
-      Vec<acc_t> position = load_lanes<acc_t>(by_axis[axis]) * size[axis] - acc_t(0.5);
-      const Index is_near = (position >= acc_t(-1)) & (position < size[axis]);
+      Vec<acc_t> position = positions[axis] * size_[axis] - acc_t(0.5);
+      const Index is_near = (position >= acc_t(-1)) & (position < size_[axis]);
       position = is_near ? position : Vec<acc_t>{};
       Index low = __builtin_convertvector(position, Index);
       low += __builtin_convertvector(low, Vec<acc_t>) > position;  // a comparison that holds is -1
-      weight[axis][1] = position - __builtin_convertvector(low, Vec<acc_t>);
-      weight[axis][0] = acc_t(1) - weight[axis][1];
+      weight_[axis][1] = position - __builtin_convertvector(low, Vec<acc_t>);
+      weight_[axis][0] = acc_t(1) - weight_[axis][1];
       side_inside[axis][0] = is_near & (low >= 0);
-      side_inside[axis][1] = is_near & (low < last[axis]);
-      rows += low * row_step[axis];
+      side_inside[axis][1] = is_near & (low < last_[axis]);
+      row += low * row_step_[axis];
     }
-    inside = Index{};
+    Index all_inside = {};
     for (int64_t c = 0; c < kCorners; ++c) {
-      inside |= side_inside[0][c >> 2] & side_inside[1][c >> 1 & 1] & side_inside[2][c & 1] & (1 << c);
+      const Index is_inside = side_inside[0][c >> 2] & side_inside[1][c >> 1 & 1] & side_inside[2][c & 1];
+      all_inside |= is_inside & (1 << c);
+      // A corner that is outside gets the first row, to be read and forgotten.
+      for (int64_t i = 0; i < lanes; ++i) {
+        offset_[c][i] = (static_cast<int64_t>(row[i]) * row_stride_ + corner_step_[c][i]) & is_inside[i];
+      }
     }
-    for (int64_t i = 0; i < lanes; ++i) {
-      row[i] = static_cast<int64_t>(rows[i]) * row_stride;
+    inside_ = all_inside;
+  }
+
+  Vec<acc_t> weight(int axis, int64_t side) const { return weight_[axis][side]; }
+  Vec<acc_t> size(int axis) const { return size_[axis]; }
+  Index is_inside(int64_t corner) const { return (inside_ & (1 << corner)) != 0; }
+  int64_t offset(int64_t corner, int64_t sample) const { return offset_[corner][sample]; }
+
+  // Call visit(offset of the row, product of trilinear and attention weight) for all corners that are inside.
+  template <typename Visit>
+  void for_each_corner(const acc_t* attention, Visit visit) const {
+    const Vec<acc_t> shares = load_some_lanes<acc_t>(attention, count_);
+    alignas(64) acc_t products[kCorners][lanes];
+    for (int64_t c = 0; c < kCorners; ++c) {
+      const Vec<acc_t> trilinear = weight_[0][c >> 2] * weight_[1][c >> 1 & 1] * weight_[2][c & 1];
+      store_lanes<acc_t>(products[c], trilinear * shares);
+    }
+    alignas(64) std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t> inside[lanes];
+    std::memcpy(inside, &inside_, sizeof(inside));
+    for (int64_t i = 0; i < count_; ++i) {
+      if (inside[i] == (1 << kCorners) - 1) {
+        for (int64_t c = 0; c < kCorners; ++c) {
+          visit(offset_[c][i], products[c][i]);
+        }
+      } else {
+        for (uint32_t left = static_cast<uint32_t>(inside[i]); left != 0; left &= left - 1) {
+          const int c = std::countr_zero(left);
+          visit(offset_[c][i], products[c][i]);
+        }
+      }
     }
   }
 
-  Vec<acc_t> corner_weight(int64_t c) const { return weight[0][c >> 2] * weight[1][c >> 1 & 1] * weight[2][c & 1]; }
+ private:
+  // What is the same for every query and head. Lanes without a sample have no voxel inside.
+  Vec<acc_t> size_[3] = {};
+  Index last_[3] = {Index{} - 1, Index{} - 1, Index{} - 1}, row_step_[3] = {}, start_ = {};
+  alignas(64) int64_t corner_step_[kCorners][lanes] = {};  // in numbers, from corner 0
+  int64_t first_, count_, row_stride_;
+
+  // What differs.
+  Vec<acc_t> weight_[3][2];
+  Index inside_;  // bit c: corner c is inside
+  alignas(64) int64_t offset_[kCorners][lanes];
 };
 
 template <typename acc_t>
@@ -137,47 +172,6 @@ std::vector<SampleBlock<acc_t>> make_blocks(const Sizes& sizes, int64_t row_stri
   }
   return blocks;
 }
-
-// The rows that one (query, head) reads or writes, and the products of their trilinear and attention weights.
-template <typename acc_t>
-class RowList {
- public:
-  RowList(const Sizes& sizes, int64_t row_stride)
-      : blocks_(make_blocks<acc_t>(sizes, row_stride)),
-        offset_(blocks_.size() * num_lanes<acc_t> * kCorners),
-        weight_(offset_.size()) {}
-
-  void fill(const acc_t* locations, const acc_t* attention) {
-    constexpr int64_t lanes = num_lanes<acc_t>;
-    count_ = 0;
-    for (auto& block : blocks_) {
-      block.place(locations + block.first * 3);
-      alignas(64) acc_t weights[kCorners][lanes];
-      const Vec<acc_t> shares = load_some_lanes<acc_t>(attention + block.first, block.count);
-      for (int64_t c = 0; c < kCorners; ++c) {
-        store_lanes<acc_t>(weights[c], block.corner_weight(c) * shares);
-      }
-      for (int64_t i = 0; i < block.count; ++i) {
-        const auto bits = block.inside[i];
-        for (int64_t c = 0; c < kCorners; ++c) {
-          offset_[count_] = block.row[i] + block.corner_offset[i][c];
-          weight_[count_] = weights[c][i];
-          count_ += bits >> c & 1;
-        }
-      }
-    }
-  }
-
-  int64_t size() const { return count_; }
-  int64_t offset(int64_t i) const { return offset_[i]; }
-  acc_t weight(int64_t i) const { return weight_[i]; }
-
- private:
-  int64_t count_ = 0;
-  std::vector<SampleBlock<acc_t>> blocks_;
-  std::vector<int64_t> offset_;
-  std::vector<acc_t> weight_;
-};
 
 // Call visit(first channel, number of vectors as a constant, channels in the last of them) until all are visited.
 template <typename acc_t, typename Visit>
@@ -205,17 +199,21 @@ void forward(const Tensor& value, const Tensor& locations, const Tensor& attenti
   const acc_t* share = attention.const_data_ptr<acc_t>();
   scalar_t* out = output.mutable_data_ptr<scalar_t>();
   torch::stable::parallel_for(0, sizes.batch * sizes.heads * sizes.queries, 64, [&](int64_t begin, int64_t end) {
-    RowList<acc_t> list(sizes, sizes.row_stride());
+    auto blocks = make_blocks<acc_t>(sizes, sizes.row_stride());
     for (int64_t index = begin; index < end; ++index) {
       const Item item(index, sizes);
-      list.fill(location + item.first_sample * 3, share + item.first_sample);
+      for (auto& block : blocks) {
+        block.place(location + (item.first_sample + block.first()) * 3);
+      }
       for_channel_blocks<acc_t>(sizes.channels, [&](int64_t channel, auto vectors, int64_t last) {
         const scalar_t* base = rows + item.first_row_channel + channel;
         Vec<acc_t> sum[vectors.value] = {};
-        for (int64_t i = 0; i < list.size(); ++i) {
-          for (int64_t v = 0; v < vectors.value; ++v) {
-            sum[v] += list.weight(i) * load_some_lanes<acc_t>(base + list.offset(i) + v * lanes, last);
-          }
+        for (const auto& block : blocks) {
+          block.for_each_corner(share + item.first_sample + block.first(), [&](int64_t offset, acc_t weight) {
+            for (int64_t v = 0; v < vectors.value; ++v) {
+              sum[v] += weight * load_some_lanes<acc_t>(base + offset + v * lanes, last);
+            }
+          });
         }
         for (int64_t v = 0; v < vectors.value; ++v) {
           store_some_lanes<acc_t>(out + item.first_output + channel + v * lanes, sum[v], last);
@@ -242,7 +240,7 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
     for (int64_t index = begin; index < end; ++index) {
       const Item item(index, sizes);
       for (auto& block : blocks) {
-        const int64_t first = item.first_sample + block.first;
+        const int64_t first = item.first_sample + block.first();
         block.place(location + first * 3);
         Vec<acc_t> products[kCorners] = {};
         for_channel_blocks<acc_t>(sizes.channels, [&](int64_t channel, auto vectors, int64_t last) {
@@ -254,8 +252,7 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
           for (int64_t c = 0; c < kCorners; ++c) {
             Vec<acc_t> square[lanes];  // row i holds the lanes of sample i's product
             for (int64_t i = 0; i < lanes; ++i) {
-              // A corner that is outside reads the first row, and forgets it below.
-              const scalar_t* row = base + (block.inside[i] >> c & 1 ? block.row[i] + block.corner_offset[i][c] : 0);
+              const scalar_t* row = base + block.offset(c, i);
               square[i] = grad_lanes[0] * load_some_lanes<acc_t>(row, last);
               for (int64_t v = 1; v < vectors.value; ++v) {
                 square[i] += grad_lanes[v] * load_some_lanes<acc_t>(row + v * lanes, last);
@@ -266,20 +263,24 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
         });
         Vec<acc_t> of_share = {}, of_position[3] = {};
         for (int64_t c = 0; c < kCorners; ++c) {
-          const Vec<acc_t> product = (block.inside & (1 << c)) != 0 ? products[c] : Vec<acc_t>{};
-          const Vec<acc_t> z = block.weight[0][c >> 2], y = block.weight[1][c >> 1 & 1], x = block.weight[2][c & 1];
+          const Vec<acc_t> product = block.is_inside(c) ? products[c] : Vec<acc_t>{};
+          const Vec<acc_t> z = block.weight(0, c >> 2), y = block.weight(1, c >> 1 & 1), x = block.weight(2, c & 1);
           of_share += product * (z * y * x);
           of_position[0] += (c & 4 ? product : -product) * (y * x);
           of_position[1] += (c & 2 ? product : -product) * (z * x);
           of_position[2] += (c & 1 ? product : -product) * (z * y);
         }
-        store_some_lanes<acc_t>(grad_share + first, of_share, block.count);
-        const Vec<acc_t> shares = load_some_lanes<acc_t>(share + first, block.count);
+        store_some_lanes<acc_t>(grad_share + first, of_share, block.count());
+        const Vec<acc_t> shares = load_some_lanes<acc_t>(share + first, block.count());
         for (int axis = 0; axis < 3; ++axis) {
-          const Vec<acc_t> of_location = of_position[axis] * shares * block.size[axis];
-          for (int64_t i = 0; i < block.count; ++i) {
-            grad_location[(first + i) * 3 + axis] = of_location[i];
-          }
+          of_position[axis] *= shares * block.size(axis);
+        }
+        if (block.count() == lanes) {
+          store_triples<acc_t>(grad_location + first * 3, of_position);
+        } else {
+          acc_t padded[3 * lanes];
+          store_triples<acc_t>(padded, of_position);
+          std::copy(padded, padded + 3 * block.count(), grad_location + first * 3);
         }
       }
     }
@@ -304,7 +305,7 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
   torch::stable::parallel_for(0, num_heads * num_parts, 1, [&](int64_t begin, int64_t end) {
     // Half types are rounded once, after the last query.
     std::vector<acc_t> sums(is_exact ? 0 : sizes.rows * part);
-    RowList<acc_t> list(sizes, is_exact ? sizes.row_stride() : part);
+    auto blocks = make_blocks<acc_t>(sizes, is_exact ? sizes.row_stride() : part);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t image = unit / num_parts / sizes.heads, head = unit / num_parts % sizes.heads;
       const int64_t first = unit % num_parts * part, channels = std::min(part, sizes.channels - first);
@@ -321,17 +322,21 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
       }
       for (int64_t query = 0; query < sizes.queries; ++query) {
         const Item item(image, head, query, sizes);
-        list.fill(location + item.first_sample * 3, share + item.first_sample);
+        for (auto& block : blocks) {
+          block.place(location + (item.first_sample + block.first()) * 3);
+        }
         for_channel_blocks<acc_t>(channels, [&](int64_t channel, auto vectors, int64_t last) {
           Vec<acc_t> grad_lanes[vectors.value];
           for (int64_t v = 0; v < vectors.value; ++v) {
             grad_lanes[v] = load_some_lanes<acc_t>(grads + item.first_output + first + channel + v * lanes, last);
           }
-          for (int64_t i = 0; i < list.size(); ++i) {
-            for (int64_t v = 0; v < vectors.value; ++v) {
-              acc_t* row = sum + list.offset(i) + channel + v * lanes;
-              store_some_lanes<acc_t>(row, load_some_lanes<acc_t>(row, last) + list.weight(i) * grad_lanes[v], last);
-            }
+          for (const auto& block : blocks) {
+            block.for_each_corner(share + item.first_sample + block.first(), [&](int64_t offset, acc_t weight) {
+              for (int64_t v = 0; v < vectors.value; ++v) {
+                acc_t* row = sum + offset + channel + v * lanes;
+                store_some_lanes<acc_t>(row, load_some_lanes<acc_t>(row, last) + weight * grad_lanes[v], last);
+              }
+            });
           }
         });
       }
