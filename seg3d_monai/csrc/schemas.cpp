@@ -8,7 +8,15 @@ STABLE_TORCH_LIBRARY(seg3d, m) {
       "float scale_z, float scale_y, float scale_x, int sampling_ratio, bool aligned) -> Tensor");
   m.def(
       "roi_align3d_backward(Tensor grad, Tensor boxes, Tensor batch_index, SymInt batch, SymInt depth, SymInt height, "
-      "SymInt width, float scale_z, float scale_y, float scale_x, int sampling_ratio, bool aligned) -> Tensor");
+      "SymInt width, float scale_z, float scale_y, float scale_x, int sampling_ratio, bool aligned, bool "
+      "channels_last) "
+      "-> Tensor");
   m.def("nms3d(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
   m.def("batched_nms3d(Tensor boxes, Tensor scores, Tensor group, float iou_threshold) -> Tensor");
+  m.def(
+      "ms_deform_attn3d(Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) -> "
+      "Tensor");
+  m.def(
+      "ms_deform_attn3d_backward(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor sampling_locations, "
+      "Tensor attention_weights) -> (Tensor, Tensor, Tensor)");
 }

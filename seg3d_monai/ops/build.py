@@ -29,6 +29,7 @@ FLAGS = (
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
+    "-Wno-psabi",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 TIMEOUT_S = 900

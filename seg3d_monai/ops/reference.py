@@ -8,7 +8,9 @@ The functions take the arguments of the schemas in ops/schemas.py, run on any de
 are registered. Called directly, `roi_align3d` is differentiable by plain autograd.
 """
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,7 +42,8 @@ def roi_align3d(
             crop = features[image, :, z, y, x].to(accumulate)
             rows = wy @ (crop @ wx.mT)
             pooled.append((wz @ rows.flatten(2)).unflatten(2, rows.shape[2:]).to(features.dtype))
-    return torch.stack(pooled) if pooled else features.new_zeros((0, features.shape[1], *out))
+    result = torch.stack(pooled) if pooled else features.new_zeros((0, features.shape[1], *out))
+    return result.contiguous(memory_format=torch.channels_last_3d) if is_channels_last(features) else result
 
 
 def roi_align3d_backward(
@@ -56,6 +59,7 @@ def roi_align3d_backward(
     scale_x: float,
     sampling_ratio: int,
     aligned: bool,
+    channels_last: bool,
 ) -> Tensor:
     """Gradient [N, C, D, H, W] of `roi_align3d` with respect to its features, from grad [K, C, d, h, w]."""
     size, scale = (depth, height, width), (scale_z, scale_y, scale_x)
@@ -67,7 +71,47 @@ def roi_align3d_backward(
             bins = grad[index].to(accumulate)
             rows = (wz.mT @ bins.flatten(2)).unflatten(2, bins.shape[2:])
             grad_features[image, :, z, y, x] += (wy.mT @ rows) @ wx
-    return grad_features.to(grad.dtype)
+    grad_features = grad_features.to(grad.dtype)
+    return grad_features.contiguous(memory_format=torch.channels_last_3d) if channels_last else grad_features
+
+
+def is_channels_last(volumes: Tensor) -> bool:
+    """Whether the channels of [N, C, D, H, W] lie side by side in memory, and not the voxels."""
+    return volumes.shape[1] > 1 and volumes.stride(1) == 1 and volumes.stride(4) != 1
+
+
+def ms_deform_attn3d(
+    value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Sum samples of value [N, S, M, Dh] to [N, Lq, M * Dh]; see `seg3d_monai.ops.ms_deform_attn3d`."""
+    n, queries, heads = sampling_locations.shape[:3]
+    result = sampling_locations.new_zeros((n, queries, heads, value.shape[3]))
+    image, head = _image_and_head(value)
+    for corner in _corners(spatial_shapes, sampling_locations, attention_weights):
+        rows = value[image, corner.row, head].to(result.dtype)
+        result += torch.einsum("nqmp,nqmpc->nqmc", corner.weight * corner.attention, corner.masked(rows))
+    return result.flatten(2).to(value.dtype)
+
+
+def ms_deform_attn3d_backward(
+    grad: Tensor, value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `ms_deform_attn3d` with respect to value, locations and weights, from grad [N, Lq, M * Dh]."""
+    accumulate = sampling_locations.dtype
+    grads = grad.unflatten(2, value.shape[2:]).to(accumulate)
+    grad_value = value.new_zeros(value.shape, dtype=accumulate)
+    grad_locations = torch.zeros_like(sampling_locations)
+    grad_weights = torch.zeros_like(attention_weights)
+    image, head = _image_and_head(value)
+    for corner in _corners(spatial_shapes, sampling_locations, attention_weights):
+        rows = corner.masked(value[image, corner.row, head].to(accumulate))
+        product = torch.einsum("nqmc,nqmpc->nqmp", grads, rows)
+        grad_weights[:, :, :, corner.level] += corner.weight * product
+        grad_locations[:, :, :, corner.level] += corner.slope * (corner.attention * product)[..., None]
+        share = (corner.weight * corner.attention)[..., None] * grads[:, :, :, None]
+        index = (image.expand_as(corner.row), corner.row, head.expand_as(corner.row))
+        grad_value.index_put_(index, corner.masked(share), accumulate=True)
+    return grad_value.to(value.dtype), grad_locations, grad_weights
 
 
 def nms3d(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -102,6 +146,60 @@ def batched_nms3d(boxes: Tensor, scores: Tensor, group: Tensor, iou_threshold: f
             stays = settled
         kept = torch.cat([kept, block[stays]])
     return order[kept]
+
+
+@dataclass(frozen=True)
+class _Corner:
+    """One of the eight corners of all samples of one level; tensors are [N, Lq, M, P]."""
+
+    level: int
+    row: Tensor
+    """Its row in the value, any valid one if it is outside."""
+    is_inside: Tensor
+    weight: Tensor
+    """Trilinear, 0 outside."""
+    slope: Tensor
+    """[N, Lq, M, P, 3], of the weight, with respect to the location."""
+    attention: Tensor
+
+    def masked(self, rows: Tensor) -> Tensor:
+        """`rows` [..., Dh], zero for corners that are outside, whatever value stands there."""
+        return torch.where(self.is_inside[..., None], rows, 0.0)
+
+
+def _corners(spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> Iterator[_Corner]:
+    """All corners of all levels. The arithmetic, to the order of its operations, is that of csrc/trilinear.h."""
+    start = 0
+    for level, shape in enumerate(spatial_shapes.tolist()):
+        size = sampling_locations.new_tensor(shape)
+        position = sampling_locations[:, :, :, level] * size - 0.5
+        is_near = (position > -1) & (position < size)
+        position = torch.where(is_near, position, 0.0)
+        low = position.floor()
+        fraction = position - low
+        for bits in itertools.product((0, 1), repeat=3):
+            bit = low.new_tensor(bits)
+            voxel = low + bit
+            is_inside = (is_near & (voxel >= 0) & (voxel < size)).all(-1)
+            place = torch.where(is_inside[..., None], voxel, 0.0).long()
+            z, y, x = torch.where(bit > 0, fraction, 1 - fraction).unbind(-1)
+            slope = torch.stack([y * x, z * x, z * y], -1) * (2 * bit - 1) * size
+            yield _Corner(
+                level=level,
+                row=start + (place[..., 0] * shape[1] + place[..., 1]) * shape[2] + place[..., 2],
+                is_inside=is_inside,
+                weight=torch.where(is_inside, z * y * x, 0.0),
+                slope=torch.where(is_inside[..., None], slope, 0.0),
+                attention=attention_weights[:, :, :, level],
+            )
+        start += shape[0] * shape[1] * shape[2]
+
+
+def _image_and_head(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the first and third axis of value that broadcast with [N, Lq, M, P]."""
+    image = torch.arange(value.shape[0], device=value.device)[:, None, None, None]
+    head = torch.arange(value.shape[2], device=value.device)[None, None, :, None]
+    return image, head
 
 
 def _overlaps(boxes: Tensor, group: Tensor, first: Tensor, second: Tensor, iou_threshold: float) -> Tensor:

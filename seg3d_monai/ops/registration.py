@@ -4,6 +4,9 @@ A compiled library brings the schemas and the kernels of its devices. ops/refere
 of them if there is no library; a later CUDA kernel takes its place simply by being in the library.
 """
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,10 +17,12 @@ from seg3d_monai.ops.schemas import NAMESPACE, SCHEMAS
 REFERENCE_KERNELS = {
     "roi_align3d": reference.roi_align3d,
     "roi_align3d_backward": reference.roi_align3d_backward,
+    "ms_deform_attn3d": reference.ms_deform_attn3d,
+    "ms_deform_attn3d_backward": reference.ms_deform_attn3d_backward,
     "nms3d": reference.nms3d,
     "batched_nms3d": reference.batched_nms3d,
 }
-PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d")
+PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d", "ms_deform_attn3d")
 
 LOADED = load_operators()
 # Registrations live as long as this object.
@@ -51,7 +56,8 @@ def _roi_align3d_fake(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    return features.new_empty((boxes.shape[0], features.shape[1], out_d, out_h, out_w))
+    size = (boxes.shape[0], features.shape[1], out_d, out_h, out_w)
+    return _new_volumes(features, size, reference.is_channels_last(features))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::roi_align3d_backward")
@@ -68,8 +74,33 @@ def _roi_align3d_backward_fake(
     scale_x: float,
     sampling_ratio: int,
     aligned: bool,
+    channels_last: bool,
 ) -> Tensor:
-    return grad.new_empty((batch, grad.shape[1], depth, height, width))
+    return _new_volumes(grad, (batch, grad.shape[1], depth, height, width), channels_last)
+
+
+def _new_volumes(like: Tensor, size: tuple[int, int, int, int, int], channels_last: bool) -> Tensor:
+    if not channels_last:
+        return like.new_empty(size)
+    n, c, d, h, w = size
+    return like.new_empty((n, d, h, w, c)).permute(0, 4, 1, 2, 3)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::ms_deform_attn3d")
+def _ms_deform_attn3d_fake(
+    value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    n, _, heads, channels = value.shape
+    return value.new_empty((n, sampling_locations.shape[1], heads * channels))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::ms_deform_attn3d_backward")
+def _ms_deform_attn3d_backward_fake(
+    grad: Tensor, value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (value, sampling_locations, attention_weights)
+    grad_value, grad_locations, grad_weights = (tensor.new_empty(tensor.shape) for tensor in inputs)
+    return grad_value, grad_locations, grad_weights
 
 
 @torch.library.register_fake(f"{NAMESPACE}::nms3d")
@@ -87,11 +118,13 @@ def _roi_align3d_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple
     ctx.save_for_backward(boxes, batch_index)
     ctx.features_shape = features.shape  # type: ignore[attr-defined]
     ctx.settings = settings  # type: ignore[attr-defined]
+    ctx.channels_last = reference.is_channels_last(features)  # type: ignore[attr-defined]
 
 
 def _roi_align3d_gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     boxes, batch_index = ctx.saved_tensors  # type: ignore[attr-defined]
     batch, _, depth, height, width = ctx.features_shape  # type: ignore[attr-defined]
+    _alert_if_not_deterministic("roi_align3d_backward", grad)
     grad_features = torch.ops.seg3d.roi_align3d_backward(
         grad,
         boxes,
@@ -101,18 +134,50 @@ def _roi_align3d_gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor
         height,
         width,
         *ctx.settings,  # type: ignore[attr-defined]
+        ctx.channels_last,  # type: ignore[attr-defined]
     )
     return grad_features, *[None] * 10
 
 
-def _no_second_derivative(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> None:
-    raise NotImplementedError(
-        "roi_align3d can be differentiated once, and a second derivative was asked for; detach the gradient before it "
-        "enters another loss"
+def _ms_deform_attn3d_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _ms_deform_attn3d_gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    value, spatial_shapes, sampling_locations, attention_weights = ctx.saved_tensors  # type: ignore[attr-defined]
+    _alert_if_not_deterministic("ms_deform_attn3d_backward", grad)
+    grad_value, grad_locations, grad_weights = torch.ops.seg3d.ms_deform_attn3d_backward(
+        grad, value, spatial_shapes, sampling_locations, attention_weights
     )
+    return grad_value, None, grad_locations, grad_weights
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::roi_align3d", _roi_align3d_gradient, setup_context=_roi_align3d_context, lib=_LIBRARY
-)
-torch.library.register_autograd(f"{NAMESPACE}::roi_align3d_backward", _no_second_derivative, lib=_LIBRARY)
+def _alert_if_not_deterministic(name: str, grad: Tensor) -> None:
+    """Do as PyTorch's own operators: on CUDA sums are atomic, and their order is not fixed."""
+    if not grad.is_cuda or not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        f"{name} has no deterministic implementation on CUDA, but torch.use_deterministic_algorithms(True) is set; "
+        "turn it off for this operator, pass warn_only=True, or run it on the CPU, where it is deterministic"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _once_differentiable(name: str) -> Callable[..., None]:
+    def raise_error(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"{name} can be differentiated once, and a second derivative was asked for; detach the gradient before it "
+            "enters another loss"
+        )
+
+    return raise_error
+
+
+for _name, _gradient, _context in (
+    ("roi_align3d", _roi_align3d_gradient, _roi_align3d_context),
+    ("ms_deform_attn3d", _ms_deform_attn3d_gradient, _ms_deform_attn3d_context),
+):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradient, setup_context=_context, lib=_LIBRARY)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}_backward", _once_differentiable(_name), lib=_LIBRARY)

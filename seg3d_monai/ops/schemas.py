@@ -9,8 +9,16 @@ SCHEMAS = {
     ),
     "roi_align3d_backward": (
         "(Tensor grad, Tensor boxes, Tensor batch_index, SymInt batch, SymInt depth, SymInt height, SymInt width, "
-        "float scale_z, float scale_y, float scale_x, int sampling_ratio, bool aligned) -> Tensor"
+        "float scale_z, float scale_y, float scale_x, int sampling_ratio, bool aligned, "
+        "bool channels_last) -> Tensor"
     ),
     "nms3d": "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
     "batched_nms3d": "(Tensor boxes, Tensor scores, Tensor group, float iou_threshold) -> Tensor",
+    "ms_deform_attn3d": (
+        "(Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) -> Tensor"
+    ),
+    "ms_deform_attn3d_backward": (
+        "(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
 }

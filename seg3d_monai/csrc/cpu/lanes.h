@@ -1,0 +1,141 @@
+// A short vector of 64 bytes, the unit of work of the CPU kernels: 16 float32 or 8 float64 lanes.
+//
+// Built on the vector extension of GCC and Clang, which exists for every processor: where registers are narrower, a
+// vector takes several. Storage types are widened to the type that sums are kept in when they are loaded.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+namespace seg3d {
+
+// The type that sums of a storage type are kept in.
+template <typename scalar_t>
+using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename acc_t>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(64)));
+  typedef int32_t index __attribute__((vector_size(64)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(64)));
+  typedef int64_t index __attribute__((vector_size(64)));
+};
+template <typename acc_t>
+using Vec = typename VecOf<acc_t>::type;
+
+template <typename acc_t>
+inline constexpr int64_t num_lanes = 64 / sizeof(acc_t);
+
+template <typename acc_t, typename scalar_t>
+inline Vec<acc_t> load_lanes(const scalar_t* source) {
+  Vec<acc_t> lanes;
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    std::memcpy(&lanes, source, sizeof(lanes));
+  } else if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+    // A bfloat16 is the upper half of a float32.
+    typedef uint16_t Narrow __attribute__((vector_size(32)));
+    typedef uint32_t Wide __attribute__((vector_size(64)));
+    Narrow narrow;
+    std::memcpy(&narrow, source, sizeof(narrow));
+    const Wide bits = __builtin_convertvector(narrow, Wide) << 16;
+    std::memcpy(&lanes, &bits, sizeof(lanes));
+  } else {
+    for (int64_t i = 0; i < num_lanes<acc_t>; ++i) {
+      lanes[i] = static_cast<acc_t>(source[i]);
+    }
+  }
+  return lanes;
+}
+
+// Load `count` <= num_lanes values; the other lanes are zero.
+template <typename acc_t, typename scalar_t>
+inline Vec<acc_t> load_some_lanes(const scalar_t* source, int64_t count) {
+  if (count == num_lanes<acc_t>) {
+    return load_lanes<acc_t>(source);
+  }
+  Vec<acc_t> lanes = {};
+  for (int64_t i = 0; i < count; ++i) {
+    lanes[i] = static_cast<acc_t>(source[i]);
+  }
+  return lanes;
+}
+
+template <typename acc_t, typename scalar_t>
+inline void store_some_lanes(scalar_t* target, Vec<acc_t> lanes, int64_t count) {
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    std::memcpy(target, &lanes, count * sizeof(acc_t));
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      target[i] = static_cast<scalar_t>(lanes[i]);
+    }
+  }
+}
+
+template <typename acc_t, typename scalar_t>
+inline void store_lanes(scalar_t* target, Vec<acc_t> lanes) {
+  if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+    // To the nearest, ties to even; a NaN stays one.
+    typedef uint16_t Narrow __attribute__((vector_size(32)));
+    typedef uint32_t Wide __attribute__((vector_size(64)));
+    const Wide bits = (Wide)lanes;
+    const Wide rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
+    const Wide is_number = (Wide)(lanes == lanes);
+    const Narrow narrow = __builtin_convertvector((rounded & is_number) | (0x7fc0u & ~is_number), Narrow);
+    std::memcpy(target, &narrow, sizeof(narrow));
+  } else {
+    store_some_lanes<acc_t>(target, lanes, num_lanes<acc_t>);
+  }
+}
+
+namespace detail {
+
+// Lanes of two vectors by their places in `a` followed by `b`.
+template <typename acc_t, int64_t... place>
+inline Vec<acc_t> pick_lanes(Vec<acc_t> a, Vec<acc_t> b, std::integer_sequence<int64_t, place...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, place...);
+#else
+  return __builtin_shuffle(a, b, typename VecOf<acc_t>::index{place...});
+#endif
+}
+
+template <typename acc_t, int64_t half, int64_t... lane>
+inline void swap_off_diagonal(Vec<acc_t>& upper, Vec<acc_t>& lower, std::integer_sequence<int64_t, lane...>) {
+  constexpr int64_t lanes = num_lanes<acc_t>;
+  const Vec<acc_t> a = upper, b = lower;
+  upper = pick_lanes<acc_t>(a, b, std::integer_sequence<int64_t, (lane & half ? lanes + lane - half : lane)...>{});
+  lower = pick_lanes<acc_t>(a, b, std::integer_sequence<int64_t, (lane & half ? lanes + lane : lane + half)...>{});
+}
+
+template <typename acc_t, int64_t half>
+inline void transpose_blocks(Vec<acc_t>* rows) {
+  if constexpr (half > 0) {
+    for (int64_t i = 0; i < num_lanes<acc_t>; ++i) {
+      if ((i & half) == 0) {
+        constexpr std::make_integer_sequence<int64_t, num_lanes<acc_t>> all_lanes{};
+        swap_off_diagonal<acc_t, half>(rows[i], rows[i + half], all_lanes);
+      }
+    }
+    transpose_blocks<acc_t, half / 2>(rows);
+  }
+}
+
+}  // namespace detail
+
+// Transpose a square of num_lanes vectors in place: halves of the square are swapped over its diagonal, then quarters.
+template <typename acc_t>
+inline void transpose(Vec<acc_t>* rows) {
+  detail::transpose_blocks<acc_t, num_lanes<acc_t> / 2>(rows);
+}
+
+}  // namespace seg3d
