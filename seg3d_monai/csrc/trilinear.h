@@ -60,19 +60,26 @@ SEG3D_HOST_DEVICE inline AxisSample<T> clamped_sample(T position, int64_t size) 
   return {low, low + 1, T(1) - fraction, fraction, true};
 }
 
-// The border rule of grid_sample with zero padding: a voxel outside the axis has weight 0, and its index is clamped
-// into the axis. A sample without a voxel inside, or at NaN, reads nothing.
+// The two voxels around a position on one axis, low and low + 1, each of which may lie outside and then counts as zero:
+// grid_sample's rule for align_corners=False and padding_mode="zeros". Nothing is inside for NaN.
 template <typename T>
-SEG3D_HOST_DEVICE inline AxisSample<T> zero_padded_sample(T position, int64_t size) {
+struct PaddedSample {
+  int64_t low;
+  T low_weight;
+  T high_weight;
+  bool low_inside;
+  bool high_inside;
+};
+
+template <typename T>
+SEG3D_HOST_DEVICE inline PaddedSample<T> zero_padded_sample(T position, int64_t size) {
   if (!(position >= T(-1) && position < T(size))) {
-    return {0, 0, T(0), T(0), false};
+    return {0, T(0), T(0), false, false};
   }
   const T floor = std::floor(position);
   const int64_t low = static_cast<int64_t>(floor);
   const T fraction = position - floor;
-  const bool has_low = low >= 0, has_high = low + 1 < size;
-  return {has_low ? low : 0, has_high ? low + 1 : size - 1, has_low ? T(1) - fraction : T(0),
-          has_high ? fraction : T(0), true};
+  return {low, T(1) - fraction, fraction, low >= 0, low + 1 < size};
 }
 
 // How a box is cut into bins, and a bin into samples, along one axis. `grid` is the number of samples a bin; it stays a

@@ -31,17 +31,6 @@ def roi_align(features, boxes, batch_index, out, scale, sampling_ratio, aligned)
     return result
 
 
-def roi_align_gradient(grad, boxes, batch_index, num_images, size, scale, sampling_ratio, aligned):
-    """grad [K, C, d, h, w] -> gradient [num_images, C, *size] of the features: the transpose of `roi_align`."""
-    voxels = math.prod(size)
-    identity = np.broadcast_to(np.eye(voxels).reshape(1, voxels, *size), (num_images, voxels, *size))
-    matrix = roi_align(identity, boxes, batch_index, grad.shape[2:], scale, sampling_ratio, aligned)
-    result = np.zeros((num_images, grad.shape[1], *size))
-    for k, image in enumerate(batch_index):
-        result[image] += np.einsum("vpqr,cpqr->cv", matrix[k], grad[k]).reshape(-1, *size)
-    return result
-
-
 def trilinear(volume, position, size):
     """One sample of volume [C, D, H, W]: 0 outside [-1, size], else clamped to the voxel centres."""
     if any(position[a] < -1 or position[a] > size[a] for a in range(3)):

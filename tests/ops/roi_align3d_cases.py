@@ -1,8 +1,11 @@
 """Poolings for the tests of the CUDA kernels, with their true results from the naive loops in float64."""
 
+import functools
+import math
 from dataclasses import dataclass
 
 import naive_oracle
+import numpy as np
 import pytest
 import torch
 
@@ -44,22 +47,26 @@ class Pooling:
         shape = (len(BOXES), self.channels, *self.out)
         return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
-    def settings(self):
-        return self.scale, self.sampling_ratio, self.aligned
-
     def pooled(self, features, boxes=BOXES, images=IMAGES):
-        return torch.from_numpy(
-            naive_oracle.roi_align(
-                features.double().numpy(), boxes.double().numpy(), images.tolist(), self.out, *self.settings()
-            )
-        )
+        """features [2, C, *SIZE] -> [K, C, *out], float64."""
+        return torch.einsum("kvpqr,kcv->kcpqr", self.matrix(boxes), features.double().flatten(2)[images])
 
     def gradient(self, grad, boxes=BOXES, images=IMAGES):
-        return torch.from_numpy(
-            naive_oracle.roi_align_gradient(
-                grad.double().numpy(), boxes.double().numpy(), images.tolist(), 2, SIZE, *self.settings()
-            )
-        )
+        """grad [K, C, *out] -> gradient of the features [2, C, *SIZE], float64."""
+        of_boxes = torch.einsum("kvpqr,kcpqr->kcv", self.matrix(boxes), grad.double())
+        return of_boxes.new_zeros(2, *of_boxes.shape[1:]).index_add_(0, images, of_boxes).unflatten(2, SIZE)
+
+    def matrix(self, boxes):
+        return pooling_matrix(self, tuple(map(tuple, boxes.tolist())))
+
+
+@functools.cache
+def pooling_matrix(pooling, boxes):
+    """What each voxel gives to each bin of each box, [K, voxels, *out]: the naive loop's pooling of one-hot volumes."""
+    voxels = math.prod(SIZE)
+    one_hot = np.eye(voxels).reshape(1, voxels, *SIZE)
+    settings = (pooling.out, pooling.scale, pooling.sampling_ratio, pooling.aligned)
+    return torch.from_numpy(naive_oracle.roi_align(one_hot, boxes, [0] * len(boxes), *settings))
 
 
 POOLINGS = [

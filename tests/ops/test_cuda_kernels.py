@@ -134,13 +134,11 @@ def test_roi_align3d_channels_last_touches_few_sectors(tmp_path, channels, dtype
 def run_attention(folder, attention, value, locations, weights, grad=None, **values):
     dtype = value.dtype
     sums = torch.promote_types(dtype, torch.float32)
-    coordinates = torch.promote_types(locations.dtype, sums)
     row = 2 if dtype == torch.float64 else 4
-    wide = attention.channels % row == 0 and coordinates == sums and (grad is None or dtype != torch.float64)
+    wide = attention.channels % row == 0 and (grad is None or dtype != torch.float64)
     lanes = -(-attention.channels // (row if wide else 1))
     arguments = {
         "dtype": str(dtype).removeprefix("torch."),
-        "coordinates": str(coordinates).removeprefix("torch."),
         "backward": grad is not None,
         "wide": wide,
         "num_images": len(value),
@@ -157,7 +155,7 @@ def run_attention(folder, attention, value, locations, weights, grad=None, **val
     }
     arrays = {
         "value": value,
-        "locations": locations.to(coordinates),
+        "locations": locations.to(sums),
         "weights": weights.to(sums),
         "shapes": torch.tensor(attention.shapes),
         **({} if grad is None else {"grad": grad}),
@@ -167,7 +165,7 @@ def run_attention(folder, attention, value, locations, weights, grad=None, **val
         return result.array("result", dtype).reshape(len(value), locations.shape[1], -1), result
     gradients = (
         result.array("grad_value", sums).reshape(value.shape),
-        result.array("grad_locations", coordinates).reshape(locations.shape),
+        result.array("grad_locations", sums).reshape(locations.shape),
         result.array("grad_weights", sums).reshape(weights.shape),
     )
     return gradients, result

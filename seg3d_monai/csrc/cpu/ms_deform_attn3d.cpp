@@ -109,13 +109,18 @@ class SampleBlock {
       side_inside[axis][1] = is_near & (low < last_[axis]);
       row += low * row_step_[axis];
     }
+    alignas(64) int64_t first_corner[lanes];
+    for (int64_t i = 0; i < lanes; ++i) {
+      first_corner[i] = static_cast<int64_t>(row[i]) * row_stride_;
+    }
     Index all_inside = {};
+#pragma GCC unroll 8
     for (int64_t c = 0; c < kCorners; ++c) {
       const Index is_inside = side_inside[0][c >> 2] & side_inside[1][c >> 1 & 1] & side_inside[2][c & 1];
       all_inside |= is_inside & (1 << c);
       // A corner that is outside gets the first row, to be read and forgotten.
       for (int64_t i = 0; i < lanes; ++i) {
-        offset_[c][i] = (static_cast<int64_t>(row[i]) * row_stride_ + corner_step_[c][i]) & is_inside[i];
+        offset_[c][i] = (first_corner[i] + corner_step_[c][i]) & is_inside[i];
       }
     }
     inside_ = all_inside;

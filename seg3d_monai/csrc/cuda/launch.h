@@ -45,25 +45,13 @@ inline bool can_add_rows(const Tensor& tensor) {
   return major >= 9;
 }
 
-// Channels last, [N, C, D, H, W] stored as [N, D, H, W, C], and not at once contiguous, as it is with one channel.
+// Whether the channels of [N, C, D, H, W] lie side by side in memory, and not the voxels.
 inline bool is_channels_last(const Tensor& tensor) {
-  if (tensor.dim() != 5 || tensor.size(1) < 2 || tensor.is_contiguous()) {
-    return false;
-  }
-  int64_t stride = 1;
-  for (const int axis : {1, 4, 3, 2, 0}) {
-    if (tensor.size(axis) != 1 && tensor.stride(axis) != stride) {
-      return false;
-    }
-    stride *= tensor.size(axis);
-  }
-  return true;
+  return tensor.size(1) > 1 && tensor.stride(1) == 1 && tensor.stride(4) != 1;
 }
 
+// The tensor itself if it is dense in the format asked for, else a copy.
 inline Tensor in_format(const Tensor& tensor, bool channels_last) {
-  if (channels_last && is_channels_last(tensor)) {
-    return tensor;
-  }
   return torch::stable::contiguous(tensor, channels_last ? MemoryFormat::ChannelsLast3d : MemoryFormat::Contiguous);
 }
 

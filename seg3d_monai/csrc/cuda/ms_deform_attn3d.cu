@@ -14,10 +14,6 @@
 namespace seg3d {
 namespace {
 
-bool is_double(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double;
-}
-
 Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, std::optional<ScalarType>(dtype));
 }
@@ -28,12 +24,10 @@ bool is_floating(const Tensor& tensor) {
          dtype == ScalarType::Half;
 }
 
-// The tensors of a call, checked and as the kernels read them: locations in the dtype of the coordinates, which is
-// float64 if any input is, weights in the dtype of the sums.
+// The tensors of a call, checked and as the kernels read them: locations and weights in the dtype of the sums.
 struct Attention {
   Tensor value, locations, weights;
   AttendGeometry geometry;
-  bool in_double;
 
   int64_t num_rows() const { return geometry.num_images * geometry.num_queries * geometry.heads; }
 };
@@ -97,11 +91,9 @@ Attention check(const Tensor& value, const Tensor& spatial_shapes, const Tensor&
                   "ms_deform_attn3d: value, locations and weights must be on the same device");
   STD_TORCH_CHECK(spatial_shapes.is_cpu() || is_same_device(value, spatial_shapes),
                   "ms_deform_attn3d: spatial_shapes must be on the CPU or on the device of value");
-  const bool in_double = is_double(value) || is_double(locations) || is_double(weights);
-  return {torch::stable::contiguous(value),
-          torch::stable::contiguous(as_dtype(locations, in_double ? ScalarType::Double : ScalarType::Float)),
-          torch::stable::contiguous(as_dtype(weights, is_double(value) ? ScalarType::Double : ScalarType::Float)),
-          geometry_of(value, spatial_shapes, locations), in_double};
+  const ScalarType sums = value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return {torch::stable::contiguous(value), torch::stable::contiguous(as_dtype(locations, sums)),
+          torch::stable::contiguous(as_dtype(weights, sums)), geometry_of(value, spatial_shapes, locations)};
 }
 
 // Lanes for a row of channels: a power of two, so that groups fill a warp.
@@ -113,21 +105,13 @@ int group_size(int channels, int width) {
   return group;
 }
 
-// Call `run(kernel's width, coordinate)` with the types that fit. Coordinates in float64 with other values are rare, so
-// they have the plain width only.
+// Call `run` with the width of the rows that the kernel is to load.
 template <typename scalar_t, typename Run>
 void with_width(Attention& attention, bool is_wide, Run run) {
   constexpr int row = kRow<scalar_t>;
-  const bool wide =
-      is_wide && attention.geometry.channels % row == 0 && (std::is_same_v<scalar_t, double> || !attention.in_double);
+  const bool wide = is_wide && attention.geometry.channels % row == 0;
   attention.geometry.group = group_size(attention.geometry.channels, wide ? row : 1);
-  if constexpr (std::is_same_v<scalar_t, double>) {
-    wide ? run(std::integral_constant<int, row>{}, double{}) : run(std::integral_constant<int, 1>{}, double{});
-  } else if (attention.in_double) {
-    run(std::integral_constant<int, 1>{}, double{});
-  } else {
-    wide ? run(std::integral_constant<int, row>{}, float{}) : run(std::integral_constant<int, 1>{}, float{});
-  }
+  wide ? run(std::integral_constant<int, row>{}) : run(std::integral_constant<int, 1>{});
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -151,11 +135,10 @@ Tensor ms_deform_attn3d(const Tensor& value, const Tensor& spatial_shapes, const
     using scalar_t = decltype(zero);
     const auto* values = data<scalar_t>(attention.value);
     const bool is_wide = is_aligned(values, kRow<scalar_t> * sizeof(scalar_t));
-    with_width<scalar_t>(attention, is_wide, [&](auto width, auto coordinate) {
-      using coord_t = decltype(coordinate);
-      attend<width.value, scalar_t, coord_t><<<blocks_of(attention), kAttendThreads, 0, stream>>>(
-          values, data<coord_t>(attention.locations), data<accumulate_t<scalar_t>>(attention.weights), geometry,
-          mutable_data<scalar_t>(output));
+    with_width<scalar_t>(attention, is_wide, [&](auto width) {
+      attend<width.value, scalar_t><<<blocks_of(attention), kAttendThreads, 0, stream>>>(
+          values, data<accumulate_t<scalar_t>>(attention.locations), data<accumulate_t<scalar_t>>(attention.weights),
+          geometry, mutable_data<scalar_t>(output));
     });
   });
   return output;
@@ -189,12 +172,12 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn3d_backward(const Tensor& grad,
       const bool is_wide =
           !std::is_same_v<scalar_t, double> && can_add_rows(value) && is_aligned(values, row * sizeof(scalar_t)) &&
           is_aligned(data<scalar_t>(grads), row * sizeof(scalar_t)) && is_aligned(sums, row * sizeof(acc_t));
-      with_width<scalar_t>(attention, is_wide, [&](auto width, auto coordinate) {
-        using coord_t = decltype(coordinate);
+      with_width<scalar_t>(attention, is_wide, [&](auto width) {
         constexpr int sum_width = std::is_same_v<scalar_t, double> ? 1 : width.value;
-        attend_backward<sum_width, scalar_t, coord_t><<<blocks_of(attention), kAttendThreads, 0, stream>>>(
-            data<scalar_t>(grads), values, data<coord_t>(attention.locations), data<acc_t>(attention.weights), geometry,
-            sums, mutable_data<coord_t>(grad_locations), mutable_data<acc_t>(grad_weights));
+        attend_backward<sum_width, scalar_t><<<blocks_of(attention), kAttendThreads, 0, stream>>>(
+            data<scalar_t>(grads), values, data<accumulate_t<scalar_t>>(attention.locations),
+            data<acc_t>(attention.weights), geometry, sums, mutable_data<acc_t>(grad_locations),
+            mutable_data<acc_t>(grad_weights));
       });
     });
   }

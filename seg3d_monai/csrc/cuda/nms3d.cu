@@ -1,11 +1,11 @@
 // Greedy non-maximum suppression of 3D boxes on CUDA, alone and within groups.
 //
-// Cost: two or three sorts of n keys, and for each box one scan, by a warp, of the boxes that may overlap it on the
-// axis that is best for it: O(n log n + n * r), r the length of such a run. Boxes are decided in rounds over the whole
-// grid, which return at once when nothing is left. A chain of boxes, each overlapping the next, may take more rounds
-// than there are; one block decides the rest by rank, O(u * r) for u boxes left. The extra memory is O(n); no pairs are
-// kept. The host waits once, for the number of boxes kept. Every IoU is taken in float64, whatever the dtype of the
-// boxes.
+// Cost: three or four sorts of n keys, and for each box one scan, by a warp, of the boxes that may overlap it on the
+// two axes that are best for it: O(n log n + n * r), r the length of such a scan; in a cube at constant density r grows
+// as n^(1/3). Boxes are decided in rounds over the whole grid, which return at once when nothing is left. A chain of
+// boxes, each overlapping the next, may take more rounds than there are; one block decides the rest by rank, O(u * r)
+// for u boxes left. The extra memory is O(n); no pairs are kept. The host waits once, for the number of boxes kept.
+// Every IoU is taken in float64, whatever the dtype of the boxes.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -78,13 +78,16 @@ Tensor suppress(const Tensor& boxes, const Tensor& scores, const Tensor* group, 
     collect_statistics<<<num_shares, kNmsThreads, 0, stream>>>(data<box_t>(boxes), data<float>(scores), count, share);
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  plan_sweep<<<1, 1, 0, stream>>>(share, num_shares, plan);
+  plan_sweep<<<1, kStatisticsBlocks, 0, stream>>>(share, num_shares, plan);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 
   const Tensor keys = make(n, boxes.scalar_type());
-  sweep_keys<<<blocks, kNmsThreads, 0, stream>>>(data<box_t>(boxes), count, plan, mutable_data<box_t>(keys));
+  const Tensor slabs = make(n, ScalarType::Int);
+  sweep_keys<<<blocks, kNmsThreads, 0, stream>>>(data<box_t>(boxes), count, plan, mutable_data<box_t>(keys),
+                                                 mutable_data<int>(slabs));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   Tensor order = stable_order(keys, false);
+  order = index_select(order, stable_order(index_select(slabs, order), false));
   if (group != nullptr) {
     order = index_select(order, stable_order(index_select(*group, order), false));
   }
@@ -94,7 +97,7 @@ Tensor suppress(const Tensor& boxes, const Tensor& scores, const Tensor* group, 
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 
   const Tensor corners = make(6 * n, boxes.scalar_type());
-  const Tensor places = make(4 * n, ScalarType::Int);
+  const Tensor places = make((3 + 2 * kRuns) * n, ScalarType::Int);
   const Tensor groups = make(group == nullptr ? 0 : n, ScalarType::Long);
   const Tensor states = make(n, ScalarType::Byte);
   auto* corner = mutable_data<box_t>(corners);
@@ -111,10 +114,11 @@ Tensor suppress(const Tensor& boxes, const Tensor& scores, const Tensor* group, 
                            place + n,
                            place + 2 * n,
                            place + 3 * n,
+                           place + (3 + kRuns) * n,
                            group == nullptr ? nullptr : mutable_data<int64_t>(groups),
                            reinterpret_cast<BoxState*>(mutable_data<uint8_t>(states))};
   arrange<<<blocks, kNmsThreads, 0, stream>>>(data<box_t>(boxes), group == nullptr ? nullptr : data<int64_t>(*group),
-                                              data<int64_t>(order), data<int>(rank), plan, sweep);
+                                              data<int>(slabs), data<int64_t>(order), data<int>(rank), plan, sweep);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   find_runs<<<blocks, kNmsThreads, 0, stream>>>(plan, sweep);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,8 +1,9 @@
 // The kernels of greedy non-maximum suppression of 3D boxes.
 //
-// Boxes lie by (group, lower corner on the sweep axis), so all that may overlap a box are one run of places. A box is
-// dropped as soon as a kept box of better rank overlaps it too much, and kept as soon as all such boxes are dropped;
-// this gives the same boxes as visiting them one after the other, in whatever order the decisions fall.
+// Boxes lie by (group, slab, lower corner on the sweep axis). A slab is as thick as the longest box, so all boxes that
+// may overlap a box are three runs of places, one in each of three neighbouring slabs. A box is dropped as soon as a
+// kept box of better rank overlaps it too much, and kept as soon as all such boxes are dropped; this gives the same
+// boxes as visiting them one after the other, in whatever order the decisions fall.
 #pragma once
 
 #include <cmath>
@@ -45,6 +46,17 @@ __device__ inline void join(BoxStatistics& all, const BoxStatistics& other) {
   all.invalid += other.invalid;
 }
 
+// Join what the threads of a block have put into `shared`; the first of them gets all of it.
+template <int threads>
+__device__ inline void join_block(BoxStatistics (&shared)[threads]) {
+  for (int half = threads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      join(shared[threadIdx.x], shared[threadIdx.x + half]);
+    }
+  }
+}
+
 // One block's share of the statistics, to shares[block].
 template <typename box_t, typename score_t>
 __global__ void __launch_bounds__(kNmsThreads, 1)
@@ -67,42 +79,53 @@ __global__ void __launch_bounds__(kNmsThreads, 1)
     mine.invalid += !is_valid;
   }
   shared[threadIdx.x] = mine;
-  for (int half = kNmsThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      join(shared[threadIdx.x], shared[threadIdx.x + half]);
-    }
-  }
+  join_block(shared);
   if (threadIdx.x == 0) {
     shares[blockIdx.x] = shared[0];
   }
 }
 
-// How to sweep: the axis on which boxes are shortest against their spread, and their longest extent there.
+constexpr int kMostSlabs = 1 << 20;
+
+// How to sweep: along the axis on which boxes are shortest against their spread, in slabs along the next best axis.
 struct SweepPlan {
-  double reach;
-  int64_t axis;
+  double reach;  // of the longest box on the sweep axis
+  double slab_low, slab_extent;
+  int64_t axis, slab_axis;
   int64_t invalid;
 };
 
-// By one thread.
-static __global__ void plan_sweep(const BoxStatistics* shares, int num_shares, SweepPlan* plan) {
-  BoxStatistics all = no_boxes();
-  for (int i = 0; i < num_shares; ++i) {
-    join(all, shares[i]);
+// By one block of kStatisticsBlocks threads.
+static __global__ void __launch_bounds__(kStatisticsBlocks, 1)
+    plan_sweep(const BoxStatistics* shares, int num_shares, SweepPlan* plan) {
+  __shared__ BoxStatistics shared[kStatisticsBlocks];
+  shared[threadIdx.x] = threadIdx.x < num_shares ? shares[threadIdx.x] : no_boxes();
+  join_block(shared);
+  if (threadIdx.x != 0) {
+    return;
   }
-  const auto spread = [&](int axis) { return (all.high[axis] - all.low[axis]) / fmax(all.extents[axis], 1e-300); };
-  const double z = spread(0), y = spread(1), x = spread(2);
-  plan->axis = z >= y && z >= x ? 0 : y >= x ? 1 : 2;
-  plan->reach = plan->axis == 0 ? all.longest[0] : plan->axis == 1 ? all.longest[1] : all.longest[2];
+  const BoxStatistics& all = shared[0];
+  const auto spread = [&](int axis) { return all.high[axis] - all.low[axis]; };
+  const auto fitness = [&](int axis) { return spread(axis) / fmax(all.extents[axis], 1e-300); };
+  const int axis = fitness(0) >= fitness(1) && fitness(0) >= fitness(2) ? 0 : fitness(1) >= fitness(2) ? 1 : 2;
+  const int next = (axis + 1) % 3, after = (axis + 2) % 3;
+  const int slab_axis = fitness(next) >= fitness(after) ? next : after;
+  plan->axis = axis;
+  plan->slab_axis = slab_axis;
+  plan->reach = all.longest[axis];
+  plan->slab_low = all.low[slab_axis];
+  // A little thicker than the longest box, so that rounding cannot put boxes that overlap two slabs apart.
+  plan->slab_extent = fmax(fmax(1.000001 * all.longest[slab_axis], spread(slab_axis) / kMostSlabs), 1e-300);
   plan->invalid = all.invalid;
 }
 
-// The lower corner of every box on the sweep axis, by which they are sorted.
+// By what boxes are sorted: their lower corner on the sweep axis, and their slab.
 template <typename box_t>
-__global__ void sweep_keys(const box_t* boxes, int count, const SweepPlan* plan, box_t* keys) {
+__global__ void sweep_keys(const box_t* boxes, int count, const SweepPlan* plan, box_t* keys, int* slabs) {
   for (int64_t i = int64_t(blockIdx.x) * kNmsThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kNmsThreads) {
+    const double place = (boxes[i * 6 + plan->slab_axis] - plan->slab_low) / plan->slab_extent;
     keys[i] = boxes[i * 6 + plan->axis];
+    slabs[i] = place > 0 && place <= kMostSlabs ? static_cast<int>(place) : 0;  // 0 also for NaN
   }
 }
 
@@ -113,21 +136,24 @@ static __global__ void invert(const int64_t* by_rank, int count, int* rank) {
   }
 }
 
-// Boxes by place, an array a coordinate; axis 0 is the sweep axis. A place's run, first .. last, holds all others that
-// may overlap its box; those before `first` are settled, as far as this box is concerned.
+constexpr int kRuns = 3;
+
+// Boxes by place, an array a coordinate; axis 0 is the sweep axis. A place's runs, first .. last, hold all others that
+// may overlap its box, less those at the front that are settled, as far as this box is concerned.
 template <typename box_t>
 struct Sweep {
   int count;
   double iou_threshold;
   box_t *low0, *low1, *low2, *high0, *high1, *high2;
-  int *rank, *first, *last, *place_of_rank;
-  int64_t* group;  // null where all boxes are in one
+  int *rank, *slab, *place_of_rank;
+  int *first, *last;  // kRuns each
+  int64_t* group;     // null where all boxes are in one
   BoxState* state;
 };
 
 template <typename box_t>
-__global__ void arrange(const box_t* boxes, const int64_t* group, const int64_t* order, const int* rank,
-                        const SweepPlan* plan, Sweep<box_t> sweep) {
+__global__ void arrange(const box_t* boxes, const int64_t* group, const int* slabs, const int64_t* order,
+                        const int* rank, const SweepPlan* plan, Sweep<box_t> sweep) {
   const int axis = static_cast<int>(plan->axis);
   for (int64_t place = int64_t(blockIdx.x) * kNmsThreads + threadIdx.x; place < sweep.count;
        place += int64_t(gridDim.x) * kNmsThreads) {
@@ -140,6 +166,7 @@ __global__ void arrange(const box_t* boxes, const int64_t* group, const int64_t*
     sweep.high1[place] = box[(axis + 1) % 3 + 3];
     sweep.high2[place] = box[(axis + 2) % 3 + 3];
     sweep.rank[place] = rank[index];
+    sweep.slab[place] = slabs[index];
     sweep.place_of_rank[rank[index]] = static_cast<int>(place);
     if (sweep.group != nullptr) {
       sweep.group[place] = group[index];
@@ -147,24 +174,25 @@ __global__ void arrange(const box_t* boxes, const int64_t* group, const int64_t*
   }
 }
 
-// The first place of the group of `place` whose box begins at `limit` or behind it.
+// The first place in a slab of the group of `place` whose box begins at `limit` or behind it.
 template <typename box_t>
-__device__ inline int first_from(const Sweep<box_t>& sweep, int place, double limit) {
+__device__ inline int first_from(const Sweep<box_t>& sweep, int64_t place, int slab, double limit) {
+  const int64_t wanted = sweep.group == nullptr ? 0 : sweep.group[place];
   int begin = 0, end = sweep.count;
   while (begin < end) {
     const int middle = begin + (end - begin) / 2;
     const int64_t group = sweep.group == nullptr ? 0 : sweep.group[middle];
-    const int64_t wanted = sweep.group == nullptr ? 0 : sweep.group[place];
-    if (group < wanted || (group == wanted && static_cast<double>(sweep.low0[middle]) < limit)) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
+    const bool is_before = group != wanted
+                               ? group < wanted
+                               : (sweep.slab[middle] != slab ? sweep.slab[middle] < slab
+                                                             : static_cast<double>(sweep.low0[middle]) < limit);
+    begin = is_before ? middle + 1 : begin;
+    end = is_before ? end : middle;
   }
   return begin;
 }
 
-// The run of every place. An empty box overlaps nothing, so it is kept at once.
+// The runs of every place. An empty box overlaps nothing, so it is kept at once.
 template <typename box_t>
 __global__ void find_runs(const SweepPlan* plan, Sweep<box_t> sweep) {
   for (int64_t place = int64_t(blockIdx.x) * kNmsThreads + threadIdx.x; place < sweep.count;
@@ -175,8 +203,11 @@ __global__ void find_runs(const SweepPlan* plan, Sweep<box_t> sweep) {
     // A little further than the reach, for the rounding of the difference.
     const double limit = low - plan->reach - 1e-15 * (fabs(low) + plan->reach);
     sweep.state[place] = is_empty ? kKept : kUndecided;
-    sweep.first[place] = is_empty ? 0 : first_from(sweep, static_cast<int>(place), limit);
-    sweep.last[place] = is_empty ? 0 : first_from(sweep, static_cast<int>(place), high);
+    for (int run = 0; run < kRuns; ++run) {
+      const int slab = sweep.slab[place] + run - 1;
+      sweep.first[place * kRuns + run] = is_empty ? 0 : first_from(sweep, place, slab, limit);
+      sweep.last[place * kRuns + run] = is_empty ? 0 : first_from(sweep, place, slab, high);
+    }
   }
 }
 
@@ -210,35 +241,41 @@ __device__ inline BoxState state_of(const volatile BoxState* state) {
 template <typename box_t>
 __device__ inline bool decide(const Sweep<box_t>& sweep, int place) {
   const int lane = threadIdx.x % 32;
-  const int rank = sweep.rank[place], last = sweep.last[place];
-  int settled = -1;  // all before here is
-  for (int start = sweep.first[place]; start < last; start += 32) {
-    const int other = start + lane;
-    BoxState state = kDropped;
-    if (other < last && sweep.rank[other] < rank) {
-      state = state_of(sweep.state + other);
-      if (state != kDropped && !overlaps(sweep, place, other)) {
-        state = kDropped;
+  const int rank = sweep.rank[place];
+  bool waits = false;
+  for (int run = 0; run < kRuns; ++run) {
+    int* first = sweep.first + int64_t(place) * kRuns + run;
+    const int last = sweep.last[int64_t(place) * kRuns + run];
+    int settled = last;
+    for (int start = *first; start < last; start += 32) {
+      const int other = start + lane;
+      BoxState state = kDropped;
+      if (other < last && sweep.rank[other] < rank) {
+        state = state_of(sweep.state + other);
+        if (state != kDropped && !overlaps(sweep, place, other)) {
+          state = kDropped;
+        }
+      }
+      if (__any_sync(0xffffffffu, state == kKept)) {
+        if (lane == 0) {
+          *const_cast<volatile BoxState*>(sweep.state + place) = kDropped;
+        }
+        return false;
+      }
+      if (__any_sync(0xffffffffu, state == kUndecided)) {
+        settled = settled < start ? settled : start;
       }
     }
-    if (__any_sync(0xffffffffu, state == kKept)) {
-      if (lane == 0) {
-        *const_cast<volatile BoxState*>(sweep.state + place) = kDropped;
-      }
-      return false;
-    }
-    if (__any_sync(0xffffffffu, state == kUndecided) && settled < 0) {
-      settled = start;
+    waits = waits || settled < last;
+    __syncwarp();
+    if (lane == 0) {
+      *first = settled;
     }
   }
-  if (lane == 0) {
-    if (settled < 0) {
-      *const_cast<volatile BoxState*>(sweep.state + place) = kKept;
-    } else {
-      sweep.first[place] = settled;
-    }
+  if (lane == 0 && !waits) {
+    *const_cast<volatile BoxState*>(sweep.state + place) = kKept;
   }
-  return settled >= 0;
+  return waits;
 }
 
 // One round over all boxes, a warp a box. `undecided[round]` becomes 1 if the next round has something to do.

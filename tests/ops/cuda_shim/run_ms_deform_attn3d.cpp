@@ -5,21 +5,19 @@
 #include "call.h"
 #include "cuda/ms_deform_attn3d.cuh"
 
-template <typename scalar_t, typename coord_t, int width>
+template <typename scalar_t, int width>
 void run(const Call& call, const seg3d::AttendGeometry& geometry) {
   using acc_t = seg3d::accumulate_t<scalar_t>;
   const auto value = call.array<scalar_t>("value");
-  const auto locations = call.array<coord_t>("locations");
+  const auto locations = call.array<acc_t>("locations");
   const auto weights = call.array<acc_t>("weights");
   const auto blocks = static_cast<unsigned>(call.integer("blocks"));
   if (call.integer("backward") != 0) {
     const auto grad = call.array<scalar_t>("grad");
-    const Array<acc_t> grad_value(value.size()), grad_weights(weights.size());
-    const Array<coord_t> grad_locations(locations.size());
+    const Array<acc_t> grad_value(value.size()), grad_locations(locations.size()), grad_weights(weights.size());
     cuda_shim::launch(blocks, seg3d::kAttendThreads, [&] {
-      seg3d::attend_backward<width, scalar_t, coord_t>(grad.data(), value.data(), locations.data(), weights.data(),
-                                                       geometry, grad_value.data(), grad_locations.data(),
-                                                       grad_weights.data());
+      seg3d::attend_backward<width, scalar_t>(grad.data(), value.data(), locations.data(), weights.data(), geometry,
+                                              grad_value.data(), grad_locations.data(), grad_weights.data());
     });
     call.write("grad_value", grad_value);
     call.write("grad_locations", grad_locations);
@@ -28,16 +26,15 @@ void run(const Call& call, const seg3d::AttendGeometry& geometry) {
     const Array<scalar_t> output(
         static_cast<size_t>(geometry.num_images * geometry.num_queries * geometry.heads * geometry.channels));
     cuda_shim::launch(blocks, seg3d::kAttendThreads, [&] {
-      seg3d::attend<width, scalar_t, coord_t>(value.data(), locations.data(), weights.data(), geometry, output.data());
+      seg3d::attend<width, scalar_t>(value.data(), locations.data(), weights.data(), geometry, output.data());
     });
     call.write("result", output);
   }
 }
 
-template <typename scalar_t, typename coord_t>
+template <typename scalar_t>
 void run_width(const Call& call, const seg3d::AttendGeometry& geometry) {
-  call.integer("wide") != 0 ? run<scalar_t, coord_t, seg3d::kRow<scalar_t>>(call, geometry)
-                            : run<scalar_t, coord_t, 1>(call, geometry);
+  call.integer("wide") != 0 ? run<scalar_t, seg3d::kRow<scalar_t>>(call, geometry) : run<scalar_t, 1>(call, geometry);
 }
 
 int main(int, char** arguments) {
@@ -63,15 +60,13 @@ int main(int, char** arguments) {
   }
   const std::string& dtype = call.word("dtype");
   if (dtype == "float64") {
-    run_width<double, double>(call, geometry);
+    run_width<double>(call, geometry);
   } else if (dtype == "bfloat16") {
-    run_width<c10::BFloat16, float>(call, geometry);
+    run_width<c10::BFloat16>(call, geometry);
   } else if (dtype == "float16") {
-    run_width<c10::Half, float>(call, geometry);
-  } else if (call.word("coordinates") == "float64") {
-    run<float, double, 1>(call, geometry);
+    run_width<c10::Half>(call, geometry);
   } else {
-    run_width<float, float>(call, geometry);
+    run_width<float>(call, geometry);
   }
   return 0;
 }

@@ -29,10 +29,14 @@ void run(const Call& call) {
   const Array<seg3d::BoxStatistics> shares(blocks);
   const Array<seg3d::SweepPlan> plan(1);
   launch([&] { seg3d::collect_statistics(boxes.data(), scores.data(), count, shares.data()); });
-  cuda_shim::launch(1, 1, [&] { seg3d::plan_sweep(shares.data(), static_cast<int>(blocks), plan.data()); });
+  cuda_shim::launch(1, seg3d::kStatisticsBlocks,
+                    [&] { seg3d::plan_sweep(shares.data(), static_cast<int>(blocks), plan.data()); });
   const Array<box_t> keys(n);
-  launch([&] { seg3d::sweep_keys(boxes.data(), count, plan.data(), keys.data()); });
+  const Array<int> slabs(n);
+  launch([&] { seg3d::sweep_keys(boxes.data(), count, plan.data(), keys.data(), slabs.data()); });
   Array<int64_t> order = stable_order(keys.data(), n, std::less<>());
+  std::stable_sort(order.data(), order.data() + n,
+                   [&](int64_t a, int64_t b) { return slabs.data()[a] < slabs.data()[b]; });
   if (has_group) {
     std::stable_sort(order.data(), order.data() + n,
                      [&](int64_t a, int64_t b) { return group.data()[a] < group.data()[b]; });
@@ -42,7 +46,7 @@ void run(const Call& call) {
   launch([&] { seg3d::invert(by_rank.data(), count, rank.data()); });
 
   const Array<box_t> low0(n), low1(n), low2(n), high0(n), high1(n), high2(n);
-  const Array<int> sorted_rank(n), first(n), last(n), place_of_rank(n);
+  const Array<int> sorted_rank(n), sorted_slab(n), place_of_rank(n), first(n * seg3d::kRuns), last(n * seg3d::kRuns);
   const Array<int64_t> sorted_group(has_group ? n : 0);
   const Array<seg3d::BoxState> state(n);
   const seg3d::Sweep<box_t> sweep{count,
@@ -54,12 +58,14 @@ void run(const Call& call) {
                                   high1.data(),
                                   high2.data(),
                                   sorted_rank.data(),
+                                  sorted_slab.data(),
+                                  place_of_rank.data(),
                                   first.data(),
                                   last.data(),
-                                  place_of_rank.data(),
                                   has_group ? sorted_group.data() : nullptr,
                                   state.data()};
-  launch([&] { seg3d::arrange(boxes.data(), group.data(), order.data(), rank.data(), plan.data(), sweep); });
+  launch(
+      [&] { seg3d::arrange(boxes.data(), group.data(), slabs.data(), order.data(), rank.data(), plan.data(), sweep); });
   launch([&] { seg3d::find_runs(plan.data(), sweep); });
   const auto rounds = static_cast<int>(call.integer("rounds"));
   const Array<int> undecided(static_cast<size_t>(rounds) + 1);
