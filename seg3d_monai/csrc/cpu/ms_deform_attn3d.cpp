@@ -16,6 +16,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -33,6 +34,8 @@ constexpr int64_t kCorners = 8;
 struct Level {
   int64_t start;  // its first row in the value
   std::array<int64_t, 3> size;
+
+  int64_t num_rows() const { return size[0] * size[1] * size[2]; }
 };
 
 struct Sizes {
@@ -43,18 +46,89 @@ struct Sizes {
   int64_t row_stride() const { return heads * channels; }
 };
 
-// Where one (image, query, head) finds its samples and its channels of the output.
+// Where one (image, head, query) finds its samples and its channels of the output.
 struct Item {
-  int64_t first_sample, first_output, first_row_channel;
+  int64_t image, head, first_sample, first_output;
 
   // Queries of a head follow each other: its rows stay in the cache.
   Item(int64_t index, const Sizes& sizes)
       : Item(index / sizes.queries / sizes.heads, index / sizes.queries % sizes.heads, index % sizes.queries, sizes) {}
-  Item(int64_t image, int64_t head, int64_t query, const Sizes& sizes) {
+  Item(int64_t image, int64_t head, int64_t query, const Sizes& sizes) : image(image), head(head) {
     const int64_t place = (image * sizes.queries + query) * sizes.heads + head;
     first_sample = place * sizes.num_samples();
     first_output = place * sizes.channels;
-    first_row_channel = image * sizes.rows * sizes.row_stride() + head * sizes.channels;
+  }
+};
+
+// Where the rows of one level lie for one head, in bytes.
+struct LevelRows {
+  int64_t address, stride;
+};
+
+// The rows of one head. The heads of a row lie side by side, so the rows of a head lie far apart, use a fraction of the
+// cache's sets, and miss it. The levels that together fit into a cache of `kBytes` are kept densely instead.
+template <typename T>
+class HeadRows {
+ public:
+  // `channels` of each head are used; the head's samples decide whether a copy pays.
+  HeadRows(const Sizes& sizes, int64_t channels) : sizes_(sizes), channels_(channels), start_(sizes.levels.size(), -1) {
+    std::vector<size_t> by_size(sizes.levels.size());
+    std::iota(by_size.begin(), by_size.end(), size_t(0));
+    std::sort(by_size.begin(), by_size.end(),
+              [&](size_t a, size_t b) { return sizes.levels[a].num_rows() < sizes.levels[b].num_rows(); });
+    int64_t num_rows = 0;
+    for (const size_t level : by_size) {
+      const int64_t level_rows = sizes.levels[level].num_rows();
+      const bool fits = (num_rows + level_rows) * channels * static_cast<int64_t>(sizeof(T)) <= kBytes;
+      if (sizes.heads > 1 && fits && level_rows < sizes.queries * sizes.points) {
+        start_[level] = num_rows;
+        num_rows += level_rows;
+      }
+    }
+    dense_.resize(num_rows * channels);
+  }
+
+  // Begin with the head whose first number is `rows`.
+  void read(const T* rows) {
+    for_each_dense_row([&](int64_t row, T* dense) {
+      const T* source = rows + row * sizes_.row_stride();
+      std::copy(source, source + channels_, dense);
+    });
+  }
+  void clear() { std::fill(dense_.begin(), dense_.end(), T(0.0f)); }
+  void write(T* rows) {
+    for_each_dense_row(
+        [&](int64_t row, const T* dense) { std::copy(dense, dense + channels_, rows + row * sizes_.row_stride()); });
+  }
+
+  // Where to find the rows of each level of that head.
+  std::vector<LevelRows> levels(const T* rows) const {
+    std::vector<LevelRows> result;
+    for (size_t level = 0; level < start_.size(); ++level) {
+      const bool is_dense = start_[level] >= 0;
+      const int64_t stride = is_dense ? channels_ : sizes_.row_stride();
+      const T* first =
+          is_dense ? dense_.data() + start_[level] * channels_ : rows + sizes_.levels[level].start * stride;
+      result.push_back({reinterpret_cast<int64_t>(first), stride * static_cast<int64_t>(sizeof(T))});
+    }
+    return result;
+  }
+
+ private:
+  static constexpr int64_t kBytes = 1 << 20;
+
+  const Sizes& sizes_;
+  int64_t channels_;
+  std::vector<int64_t> start_;  // of each level in `dense_`, in rows; -1 for the levels that stay where they are
+  std::vector<T> dense_;
+
+  template <typename Visit>
+  void for_each_dense_row(Visit visit) {
+    for (size_t level = 0; level < start_.size(); ++level) {
+      for (int64_t row = 0; start_[level] >= 0 && row < sizes_.levels[level].num_rows(); ++row) {
+        visit(sizes_.levels[level].start + row, dense_.data() + (start_[level] + row) * channels_);
+      }
+    }
   }
 };
 
@@ -65,20 +139,29 @@ class SampleBlock {
   using Index = typename VecOf<acc_t>::index;
   static constexpr int64_t lanes = num_lanes<acc_t>;
 
-  // Row r of the value, or of its gradient, begins r * row_stride numbers after the first.
-  SampleBlock(const Sizes& sizes, int64_t row_stride, int64_t first)
-      : first_(first), count_(std::min(lanes, sizes.num_samples() - first)), row_stride_(row_stride) {
+  SampleBlock(const Sizes& sizes, int64_t first)
+      : sizes_(sizes), first_(first), count_(std::min(lanes, sizes.num_samples() - first)) {
     for (int64_t i = 0; i < count_; ++i) {
       const Level& level = sizes.levels[(first + i) / sizes.points];
-      const int64_t steps[3] = {level.size[1] * level.size[2], level.size[2], 1};
       for (int axis = 0; axis < 3; ++axis) {
         size_[axis][i] = static_cast<acc_t>(level.size[axis]);
         last_[axis][i] = level.size[axis] - 1;
-        row_step_[axis][i] = steps[axis];
       }
-      start_[i] = level.start;
+      row_step_[0][i] = level.size[1] * level.size[2];
+      row_step_[1][i] = level.size[2];
+      row_step_[2][i] = 1;
+    }
+  }
+
+  // Begin with the head whose rows lie there.
+  void read_from(const std::vector<LevelRows>& levels) {
+    for (int64_t i = 0; i < lanes; ++i) {
+      // Lanes without a sample never get further than their address.
+      const LevelRows rows = levels[std::min(first_ + i, sizes_.num_samples() - 1) / sizes_.points];
+      level_address_[i] = rows.address;
+      stride_[i] = rows.stride;
       for (int64_t c = 0; c < kCorners; ++c) {
-        corner_step_[c][i] = ((c >> 2) * steps[0] + (c >> 1 & 1) * steps[1] + (c & 1)) * row_stride;
+        corner_step_[c][i] = ((c >> 2) * row_step_[0][i] + (c >> 1 & 1) * row_step_[1][i] + (c & 1)) * rows.stride;
       }
     }
   }
@@ -96,7 +179,7 @@ class SampleBlock {
       std::copy(locations, locations + 3 * count_, padded);
       load_triples<acc_t>(padded, positions);
     }
-    Index row = start_, side_inside[3][2];
+    Index row = {}, side_inside[3][2];
     for (int axis = 0; axis < 3; ++axis) {
       Vec<acc_t> position = positions[axis] * size_[axis] - acc_t(0.5);
       const Index is_near = (position >= acc_t(-1)) & (position < size_[axis]);
@@ -111,7 +194,7 @@ class SampleBlock {
     }
     alignas(64) int64_t first_corner[lanes];
     for (int64_t i = 0; i < lanes; ++i) {
-      first_corner[i] = static_cast<int64_t>(row[i]) * row_stride_;
+      first_corner[i] = level_address_[i] + static_cast<int64_t>(row[i]) * stride_[i];
     }
     Index all_inside = {};
 #pragma GCC unroll 8
@@ -120,7 +203,7 @@ class SampleBlock {
       all_inside |= is_inside & (1 << c);
       // A corner that is outside gets the first row, to be read and forgotten.
       for (int64_t i = 0; i < lanes; ++i) {
-        offset_[c][i] = (first_corner[i] + corner_step_[c][i]) & is_inside[i];
+        address_[c][i] = is_inside[i] ? first_corner[i] + corner_step_[c][i] : level_address_[i];
       }
     }
     inside_ = all_inside;
@@ -129,9 +212,13 @@ class SampleBlock {
   Vec<acc_t> weight(int axis, int64_t side) const { return weight_[axis][side]; }
   Vec<acc_t> size(int axis) const { return size_[axis]; }
   Index is_inside(int64_t corner) const { return (inside_ & (1 << corner)) != 0; }
-  int64_t offset(int64_t corner, int64_t sample) const { return offset_[corner][sample]; }
+  // The row of a corner; the first row of its level if it is outside.
+  template <typename T>
+  const T* row(int64_t corner, int64_t sample) const {
+    return reinterpret_cast<const T*>(address_[corner][sample]);
+  }
 
-  // Call visit(offset of the row, product of trilinear and attention weight) for all corners that are inside.
+  // Call visit(address of the row, product of trilinear and attention weight) for all corners that are inside.
   template <typename Visit>
   void for_each_corner(const acc_t* attention, Visit visit) const {
     const Vec<acc_t> shares = load_some_lanes<acc_t>(attention, count_);
@@ -145,12 +232,12 @@ class SampleBlock {
     for (int64_t i = 0; i < count_; ++i) {
       if (inside[i] == (1 << kCorners) - 1) {
         for (int64_t c = 0; c < kCorners; ++c) {
-          visit(offset_[c][i], products[c][i]);
+          visit(address_[c][i], products[c][i]);
         }
       } else {
         for (uint32_t left = static_cast<uint32_t>(inside[i]); left != 0; left &= left - 1) {
           const int c = std::countr_zero(left);
-          visit(offset_[c][i], products[c][i]);
+          visit(address_[c][i], products[c][i]);
         }
       }
     }
@@ -158,24 +245,52 @@ class SampleBlock {
 
  private:
   // What is the same for every query and head. Lanes without a sample have no voxel inside.
+  const Sizes& sizes_;
+  int64_t first_, count_;
   Vec<acc_t> size_[3] = {};
-  Index last_[3] = {Index{} - 1, Index{} - 1, Index{} - 1}, row_step_[3] = {}, start_ = {};
-  alignas(64) int64_t corner_step_[kCorners][lanes] = {};  // in numbers, from corner 0
-  int64_t first_, count_, row_stride_;
+  Index last_[3] = {Index{} - 1, Index{} - 1, Index{} - 1}, row_step_[3] = {};
+
+  // What is the same for the queries of a head, in bytes.
+  alignas(64) int64_t level_address_[lanes], stride_[lanes], corner_step_[kCorners][lanes];
 
   // What differs.
   Vec<acc_t> weight_[3][2];
   Index inside_;  // bit c: corner c is inside
-  alignas(64) int64_t offset_[kCorners][lanes];
+  alignas(64) int64_t address_[kCorners][lanes];
 };
 
+// All samples of a (query, head), and the rows that they read or add to.
 template <typename acc_t>
-std::vector<SampleBlock<acc_t>> make_blocks(const Sizes& sizes, int64_t row_stride) {
+struct Samples {
   std::vector<SampleBlock<acc_t>> blocks;
-  for (int64_t first = 0; first < sizes.num_samples(); first += num_lanes<acc_t>) {
-    blocks.emplace_back(sizes, row_stride, first);
+
+  explicit Samples(const Sizes& sizes) {
+    for (int64_t first = 0; first < sizes.num_samples(); first += num_lanes<acc_t>) {
+      blocks.emplace_back(sizes, first);
+    }
   }
-  return blocks;
+  void read_from(const std::vector<LevelRows>& levels) {
+    for (auto& block : blocks) {
+      block.read_from(levels);
+    }
+  }
+  void place(const acc_t* locations) {
+    for (auto& block : blocks) {
+      block.place(locations + block.first() * 3);
+    }
+  }
+};
+
+// Call visit(item) for a range of items, after begin_head(first number of its rows) whenever another head begins.
+template <typename BeginHead, typename Visit>
+inline void for_items(int64_t begin, int64_t end, const Sizes& sizes, BeginHead begin_head, Visit visit) {
+  for (int64_t index = begin; index < end; ++index) {
+    const Item item(index, sizes);
+    if (index == begin || index % sizes.queries == 0) {
+      begin_head(item.image * sizes.rows * sizes.row_stride() + item.head * sizes.channels);
+    }
+    visit(item);
+  }
 }
 
 // Call visit(first channel, number of vectors as a constant, channels in the last of them) until all are visited.
@@ -204,19 +319,21 @@ void forward(const Tensor& value, const Tensor& locations, const Tensor& attenti
   const acc_t* share = attention.const_data_ptr<acc_t>();
   scalar_t* out = output.mutable_data_ptr<scalar_t>();
   torch::stable::parallel_for(0, sizes.batch * sizes.heads * sizes.queries, 64, [&](int64_t begin, int64_t end) {
-    auto blocks = make_blocks<acc_t>(sizes, sizes.row_stride());
-    for (int64_t index = begin; index < end; ++index) {
-      const Item item(index, sizes);
-      for (auto& block : blocks) {
-        block.place(location + (item.first_sample + block.first()) * 3);
-      }
+    Samples<acc_t> samples(sizes);
+    HeadRows<scalar_t> head(sizes, sizes.channels);
+    const auto begin_head = [&](int64_t first) {
+      head.read(rows + first);
+      samples.read_from(head.levels(rows + first));
+    };
+    for_items(begin, end, sizes, begin_head, [&](const Item& item) {
+      samples.place(location + item.first_sample * 3);
       for_channel_blocks<acc_t>(sizes.channels, [&](int64_t channel, auto vectors, int64_t last) {
-        const scalar_t* base = rows + item.first_row_channel + channel;
         Vec<acc_t> sum[vectors.value] = {};
-        for (const auto& block : blocks) {
-          block.for_each_corner(share + item.first_sample + block.first(), [&](int64_t offset, acc_t weight) {
+        for (const auto& block : samples.blocks) {
+          block.for_each_corner(share + item.first_sample + block.first(), [&](int64_t address, acc_t weight) {
+            const scalar_t* row = reinterpret_cast<const scalar_t*>(address) + channel;
             for (int64_t v = 0; v < vectors.value; ++v) {
-              sum[v] += weight * load_some_lanes<acc_t>(base + offset + v * lanes, last);
+              sum[v] += weight * load_some_lanes<acc_t>(row + v * lanes, last);
             }
           });
         }
@@ -224,7 +341,7 @@ void forward(const Tensor& value, const Tensor& locations, const Tensor& attenti
           store_some_lanes<acc_t>(out + item.first_output + channel + v * lanes, sum[v], last);
         }
       });
-    }
+    });
   });
 }
 
@@ -241,15 +358,18 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
   acc_t* grad_location = grad_locations.mutable_data_ptr<acc_t>();
   acc_t* grad_share = grad_attention.mutable_data_ptr<acc_t>();
   torch::stable::parallel_for(0, sizes.batch * sizes.heads * sizes.queries, 64, [&](int64_t begin, int64_t end) {
-    auto blocks = make_blocks<acc_t>(sizes, sizes.row_stride());
-    for (int64_t index = begin; index < end; ++index) {
-      const Item item(index, sizes);
-      for (auto& block : blocks) {
+    Samples<acc_t> samples(sizes);
+    HeadRows<scalar_t> head(sizes, sizes.channels);
+    const auto begin_head = [&](int64_t first) {
+      head.read(rows + first);
+      samples.read_from(head.levels(rows + first));
+    };
+    for_items(begin, end, sizes, begin_head, [&](const Item& item) {
+      samples.place(location + item.first_sample * 3);
+      for (const auto& block : samples.blocks) {
         const int64_t first = item.first_sample + block.first();
-        block.place(location + first * 3);
         Vec<acc_t> products[kCorners] = {};
         for_channel_blocks<acc_t>(sizes.channels, [&](int64_t channel, auto vectors, int64_t last) {
-          const scalar_t* base = rows + item.first_row_channel + channel;
           Vec<acc_t> grad_lanes[vectors.value];
           for (int64_t v = 0; v < vectors.value; ++v) {
             grad_lanes[v] = load_some_lanes<acc_t>(grads + item.first_output + channel + v * lanes, last);
@@ -257,7 +377,7 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
           for (int64_t c = 0; c < kCorners; ++c) {
             Vec<acc_t> square[lanes];  // row i holds the lanes of sample i's product
             for (int64_t i = 0; i < lanes; ++i) {
-              const scalar_t* row = base + block.offset(c, i);
+              const scalar_t* row = block.template row<scalar_t>(c, i) + channel;
               square[i] = grad_lanes[0] * load_some_lanes<acc_t>(row, last);
               for (int64_t v = 1; v < vectors.value; ++v) {
                 square[i] += grad_lanes[v] * load_some_lanes<acc_t>(row + v * lanes, last);
@@ -288,7 +408,7 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
           std::copy(padded, padded + 3 * block.count(), grad_location + first * 3);
         }
       }
-    }
+    });
   });
 }
 
@@ -308,44 +428,49 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
                                                 std::max<int64_t>(num_vectors, 1));
   const int64_t part = (num_vectors + num_parts - 1) / num_parts * lanes;  // channels of a part
   torch::stable::parallel_for(0, num_heads * num_parts, 1, [&](int64_t begin, int64_t end) {
-    // Half types are rounded once, after the last query.
-    std::vector<acc_t> sums(is_exact ? 0 : sizes.rows * part);
-    auto blocks = make_blocks<acc_t>(sizes, is_exact ? sizes.row_stride() : part);
+    Samples<acc_t> samples(sizes);
+    HeadRows<scalar_t> dense(sizes, part);
+    std::vector<acc_t> sums(is_exact ? 0 : sizes.rows * part);  // half types are rounded once, after the last query
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t image = unit / num_parts / sizes.heads, head = unit / num_parts % sizes.heads;
       const int64_t first = unit % num_parts * part, channels = std::min(part, sizes.channels - first);
       if (channels <= 0) {
         continue;
       }
-      scalar_t* const target = out + Item(image, head, 0, sizes).first_row_channel + first;
-      acc_t* sum;
+      scalar_t* const target = out + image * sizes.rows * sizes.row_stride() + head * sizes.channels + first;
       if constexpr (is_exact) {
-        sum = target;
+        dense.clear();
+        samples.read_from(dense.levels(target));
       } else {
         std::fill(sums.begin(), sums.end(), acc_t(0));
-        sum = sums.data();
+        std::vector<LevelRows> levels;
+        for (const Level& level : sizes.levels) {
+          levels.push_back({reinterpret_cast<int64_t>(sums.data() + level.start * part),
+                            part * static_cast<int64_t>(sizeof(acc_t))});
+        }
+        samples.read_from(levels);
       }
       for (int64_t query = 0; query < sizes.queries; ++query) {
         const Item item(image, head, query, sizes);
-        for (auto& block : blocks) {
-          block.place(location + (item.first_sample + block.first()) * 3);
-        }
+        samples.place(location + item.first_sample * 3);
         for_channel_blocks<acc_t>(channels, [&](int64_t channel, auto vectors, int64_t last) {
           Vec<acc_t> grad_lanes[vectors.value];
           for (int64_t v = 0; v < vectors.value; ++v) {
             grad_lanes[v] = load_some_lanes<acc_t>(grads + item.first_output + first + channel + v * lanes, last);
           }
-          for (const auto& block : blocks) {
-            block.for_each_corner(share + item.first_sample + block.first(), [&](int64_t offset, acc_t weight) {
+          for (const auto& block : samples.blocks) {
+            block.for_each_corner(share + item.first_sample + block.first(), [&](int64_t address, acc_t weight) {
               for (int64_t v = 0; v < vectors.value; ++v) {
-                acc_t* row = sum + offset + channel + v * lanes;
+                acc_t* row = reinterpret_cast<acc_t*>(address) + channel + v * lanes;
                 store_some_lanes<acc_t>(row, load_some_lanes<acc_t>(row, last) + weight * grad_lanes[v], last);
               }
             });
           }
         });
       }
-      if constexpr (!is_exact) {
+      if constexpr (is_exact) {
+        dense.write(target);
+      } else {
         for (int64_t row = 0; row < sizes.rows; ++row) {
           for (int64_t c = 0; c < channels; ++c) {
             target[row * sizes.row_stride() + c] = static_cast<scalar_t>(sums[row * part + c]);
