@@ -17,6 +17,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "channels_last.h"
+#include "cpu/huge_pages.h"
 #include "cpu/lanes.h"
 #include "cpu/resample.h"
 #include "cpu/roi_axes.h"
@@ -386,11 +388,6 @@ void dispatch(ScalarType dtype, int64_t channels, Function function) {
   }
 }
 
-// Whether the channels of a tensor [N, C, D, H, W] lie side by side, and not the voxels.
-bool is_channels_last(const Tensor& tensor) {
-  return tensor.size(1) > 1 && tensor.stride(1) == 1 && tensor.stride(4) != 1;
-}
-
 // The tensor itself where the kernels can read it, else a contiguous copy.
 Tensor readable(const Tensor& tensor) {
   return is_channels_last(tensor) || tensor.stride(4) == 1 ? tensor : torch::stable::contiguous(tensor);
@@ -424,6 +421,7 @@ Tensor roi_align3d(const Tensor& features, const Tensor& boxes, const Tensor& ba
   const Tensor image = torch::stable::contiguous(batch_index);
   check_arguments(input, box_rows, image, features.size(0), geometry);
   Tensor output = new_volumes(features, boxes.size(0), features.size(1), geometry.out, is_channels_last(features));
+  advise_huge_pages(output);
   dispatch(features.scalar_type(), features.size(1), [&](auto zero, auto lanes) {
     forward<lanes.value, decltype(zero)>(input, box_rows, image, geometry, output);
   });

@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "channels_last.h"
+
 namespace seg3d {
 
 using torch::headeronly::MemoryFormat;
@@ -43,11 +45,6 @@ inline bool can_add_rows(const Tensor& tensor) {
   int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index()));
   return major >= 9;
-}
-
-// Whether the channels of [N, C, D, H, W] lie side by side in memory, and not the voxels.
-inline bool is_channels_last(const Tensor& tensor) {
-  return tensor.size(1) > 1 && tensor.stride(1) == 1 && tensor.stride(4) != 1;
 }
 
 // The tensor itself if it is dense in the format asked for, else a copy.
