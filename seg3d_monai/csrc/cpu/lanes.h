@@ -7,10 +7,12 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace seg3d {
 
@@ -35,6 +37,25 @@ using Vec = typename VecOf<acc_t>::type;
 
 template <typename acc_t>
 inline constexpr int64_t num_lanes = 64 / sizeof(acc_t);
+
+// Memory that starts at a cache line; what it held is lost when it grows.
+template <typename T>
+class AlignedBuffer {
+ public:
+  T* reserve(int64_t count) {
+    const size_t lines = (static_cast<size_t>(count) * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+    if (lines > lines_.size()) {
+      lines_.resize(lines);
+    }
+    return reinterpret_cast<T*>(lines_.data());
+  }
+
+ private:
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  std::vector<Line> lines_;
+};
 
 template <typename acc_t, typename scalar_t>
 inline Vec<acc_t> load_lanes(const scalar_t* source) {
@@ -154,54 +175,6 @@ inline Vec<acc_t> sums_of_rows(Vec<acc_t>* rows) {
     return sums_of_rows<acc_t, half / 2>(rows);
   }
   return rows[0];
-}
-
-namespace detail {
-
-// Lane i of part a is number 3 i + a of 3 * lanes numbers in a row; the first two thirds of them are picked first.
-template <typename acc_t, int64_t part, int64_t... lane>
-inline Vec<acc_t> every_third(const Vec<acc_t>* row, std::integer_sequence<int64_t, lane...>) {
-  constexpr int64_t lanes = num_lanes<acc_t>;
-  const Vec<acc_t> first = pick_lanes<acc_t>(
-      row[0], row[1], std::integer_sequence<int64_t, (3 * lane + part < 2 * lanes ? 3 * lane + part : 0)...>{});
-  return pick_lanes<acc_t>(
-      first, row[2],
-      std::integer_sequence<int64_t, (3 * lane + part < 2 * lanes ? lane : 3 * lane + part - lanes)...>{});
-}
-
-template <typename acc_t, int64_t number, int64_t... lane>
-inline Vec<acc_t> third_of_row(const Vec<acc_t>* parts, std::integer_sequence<int64_t, lane...>) {
-  constexpr int64_t lanes = num_lanes<acc_t>;
-  constexpr int64_t begin = number * lanes;
-  const Vec<acc_t> first = pick_lanes<acc_t>(
-      parts[0], parts[1],
-      std::integer_sequence<int64_t, ((begin + lane) / 3 + ((begin + lane) % 3 == 1 ? lanes : 0))...>{});
-  return pick_lanes<acc_t>(
-      first, parts[2],
-      std::integer_sequence<int64_t, ((begin + lane) % 3 == 2 ? lanes + (begin + lane) / 3 : lane)...>{});
-}
-
-}  // namespace detail
-
-// Triples (z, y, x) that follow each other in memory as three vectors, one for each part.
-template <typename acc_t>
-inline void load_triples(const acc_t* source, Vec<acc_t>* parts) {
-  constexpr std::make_integer_sequence<int64_t, num_lanes<acc_t>> all_lanes{};
-  Vec<acc_t> row[3];
-  for (int64_t i = 0; i < 3; ++i) {
-    row[i] = load_lanes<acc_t>(source + i * num_lanes<acc_t>);
-  }
-  parts[0] = detail::every_third<acc_t, 0>(row, all_lanes);
-  parts[1] = detail::every_third<acc_t, 1>(row, all_lanes);
-  parts[2] = detail::every_third<acc_t, 2>(row, all_lanes);
-}
-
-template <typename acc_t>
-inline void store_triples(acc_t* target, const Vec<acc_t>* parts) {
-  constexpr std::make_integer_sequence<int64_t, num_lanes<acc_t>> all_lanes{};
-  store_lanes<acc_t>(target, detail::third_of_row<acc_t, 0>(parts, all_lanes));
-  store_lanes<acc_t>(target + num_lanes<acc_t>, detail::third_of_row<acc_t, 1>(parts, all_lanes));
-  store_lanes<acc_t>(target + 2 * num_lanes<acc_t>, detail::third_of_row<acc_t, 2>(parts, all_lanes));
 }
 
 }  // namespace seg3d

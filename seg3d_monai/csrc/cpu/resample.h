@@ -77,25 +77,6 @@ struct Grid {
   }
 };
 
-// Memory that starts at a cache line; what it held is lost when it grows.
-template <typename acc_t>
-class AlignedBuffer {
- public:
-  acc_t* reserve(int64_t numbers) {
-    const size_t lines = static_cast<size_t>((numbers + num_lanes<acc_t> - 1) / num_lanes<acc_t>);
-    if (lines > lines_.size()) {
-      lines_.resize(lines);
-    }
-    return reinterpret_cast<acc_t*>(lines_.data());
-  }
-
- private:
-  struct alignas(64) Line {
-    acc_t numbers[num_lanes<acc_t>];
-  };
-  std::vector<Line> lines_;
-};
-
 // sum[i] (+)= weight[0] * source[0][i] + ... over `count` sources, i < length.
 template <int count, bool add, typename acc_t>
 inline void weighted_sum_of(const acc_t* const* source, const acc_t* weight, acc_t* sum, int64_t length) {

@@ -98,7 +98,12 @@ template <int64_t L, typename scalar_t, typename acc_t>
 void gather_row(const scalar_t* source, int64_t channel_stride, int64_t x_stride, int64_t channels, int64_t extent,
                 acc_t* target) {
   if constexpr (L == 1) {
-    for (int64_t x = 0; x < extent; ++x) {
+    constexpr int64_t lanes = num_lanes<acc_t>;
+    int64_t x = 0;
+    for (; x_stride == 1 && x + lanes <= extent; x += lanes) {
+      store_lanes<acc_t>(target + x, load_lanes<acc_t>(source + x));
+    }
+    for (; x < extent; ++x) {
       target[x] = static_cast<acc_t>(source[x * x_stride]);
     }
   } else if (channel_stride == 1) {
@@ -131,7 +136,11 @@ void scatter_row(const acc_t* source, scalar_t* target, int64_t channel_stride, 
     store_some_lanes<acc_t>(place, lanes, count);
   };
   if constexpr (L == 1) {
-    for (int64_t x = 0; x < extent; ++x) {
+    int64_t x = 0;
+    for (; x_stride == 1 && x + num_lanes<acc_t> <= extent; x += num_lanes<acc_t>) {
+      put(target + x, load_lanes<acc_t>(source + x), num_lanes<acc_t>);
+    }
+    for (; x < extent; ++x) {
       const acc_t before = add ? static_cast<acc_t>(target[x * x_stride]) : acc_t(0);
       target[x * x_stride] = static_cast<scalar_t>(before + source[x]);
     }

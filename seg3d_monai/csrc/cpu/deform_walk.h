@@ -1,0 +1,294 @@
+// The order in which deformable attention goes through its samples, and where each of them lies.
+//
+// All samples of one head are visited level by level. A level whose rows do not fit into the second-level cache is cut
+// into slabs along z, and its samples are sorted by slab, in their order otherwise. So the rows that are in use fit
+// into the cache, at the price of one more pass over the queries a slab. Whether a level is cut depends on the sizes of
+// the call alone: results do not depend on how queries are shared among threads.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/lanes.h"
+
+namespace seg3d {
+
+constexpr int64_t kCorners = 8;
+
+struct Level {
+  int64_t start;  // its first row in the value
+  std::array<int64_t, 3> size;
+
+  int64_t slice() const { return size[1] * size[2]; }
+  int64_t num_rows() const { return size[0] * slice(); }
+};
+
+struct AttendSizes {
+  int64_t batch, rows, heads, channels, queries, points;
+  std::vector<Level> levels;
+
+  int64_t num_heads() const { return batch * heads; }
+  int64_t num_samples() const { return static_cast<int64_t>(levels.size()) * points; }  // of one (query, head)
+  int64_t row_stride() const { return heads * channels; }
+};
+
+struct HeadPlace {
+  int64_t image, head;
+
+  int64_t first_row_channel(const AttendSizes& sizes) const {
+    return image * sizes.rows * sizes.row_stride() + head * sizes.channels;
+  }
+  int64_t item(int64_t query, const AttendSizes& sizes) const {
+    return (image * sizes.queries + query) * sizes.heads + head;
+  }
+  int64_t first_output(int64_t query, const AttendSizes& sizes) const { return item(query, sizes) * sizes.channels; }
+};
+
+template <typename acc_t>
+struct DeformInputs {
+  const acc_t* locations;  // [N, Lq, M, L, P, 3]
+  const acc_t* shares;     // [N, Lq, M, L, P]
+
+  // The samples of a level lie too far apart for the processor to foresee.
+  void prefetch(int64_t sample) const {
+    __builtin_prefetch(locations + sample * 3);
+    __builtin_prefetch(shares + sample);
+  }
+};
+
+// The rows first_row .. first_row + num_rows of the value: slices of one level.
+struct Slab {
+  const Level* level;
+  int64_t first_row, num_rows;
+  bool is_dense;  // its samples read it often enough to copy it side by side first
+  bool is_last;   // of its level
+};
+
+// Where the rows of a slab lie, in bytes.
+struct SlabRows {
+  int64_t address, stride;
+};
+
+// As many samples of one slab as a vector has lanes. Corner c has the bits (z, y, x), 1 for the high side.
+template <typename acc_t>
+class SampleBlock {
+ public:
+  using Index = typename VecOf<acc_t>::index;
+  static constexpr int64_t lanes = num_lanes<acc_t>;
+
+  int64_t count() const { return count_; }
+  int64_t query(int64_t i) const { return query_[i]; }
+  int64_t sample(int64_t i) const { return sample_[i]; }
+  Vec<acc_t> shares() const { return load_lanes<acc_t>(shares_); }
+  Vec<acc_t> size(int axis) const { return Vec<acc_t>{} + size_[axis]; }
+  Vec<acc_t> weight(int axis, int64_t side) const { return weight_[axis][side]; }
+  Index is_inside(int64_t corner) const { return (inside_ & (1 << corner)) != 0; }
+  // Of a corner's row; of the slab's first row if the corner is outside.
+  int64_t address(int64_t corner, int64_t i) const { return address_[corner][i]; }
+
+  void clear() { count_ = 0; }
+  bool is_full() const { return count_ == lanes; }
+  void add(const DeformInputs<acc_t>& inputs, int64_t query, int64_t sample) {
+    query_[count_] = query;
+    sample_[count_] = sample;
+    shares_[count_] = inputs.shares[sample];
+    for (int axis = 0; axis < 3; ++axis) {
+      location_[axis][count_] = inputs.locations[sample * 3 + axis];
+    }
+    ++count_;
+  }
+
+  // Find the rows: zero_padded_sample of trilinear.h for all lanes at once.
+  void place(const Level& level, int64_t first_slice, const SlabRows& rows) {
+    for (int64_t i = count_; i < lanes; ++i) {
+      // Lanes without a sample lie outside.
+      query_[i] = query_[0];
+      shares_[i] = acc_t(0);
+      location_[0][i] = location_[1][i] = location_[2][i] = acc_t(-9);
+    }
+    const int64_t steps[3] = {level.slice(), level.size[2], 1};
+    Index row = {}, side_inside[3][2];
+    for (int axis = 0; axis < 3; ++axis) {
+      size_[axis] = static_cast<acc_t>(level.size[axis]);
+      Vec<acc_t> position = load_lanes<acc_t>(location_[axis]) * size_[axis] - acc_t(0.5);
+      const Index is_near = (position >= acc_t(-1)) & (position < size_[axis]);
+      position = is_near ? position : Vec<acc_t>{};
+      Index low = __builtin_convertvector(position, Index);
+      low += __builtin_convertvector(low, Vec<acc_t>) > position;  // a comparison that holds is -1
+      weight_[axis][1] = position - __builtin_convertvector(low, Vec<acc_t>);
+      weight_[axis][0] = acc_t(1) - weight_[axis][1];
+      side_inside[axis][0] = is_near & (low >= 0);
+      side_inside[axis][1] = is_near & (low < static_cast<decltype(low[0] + 0)>(level.size[axis] - 1));
+      row += (low - static_cast<decltype(low[0] + 0)>(axis == 0 ? first_slice : 0)) *
+             static_cast<decltype(low[0] + 0)>(steps[axis]);
+    }
+    alignas(64) int64_t first_corner[lanes];
+    for (int64_t i = 0; i < lanes; ++i) {
+      first_corner[i] = rows.address + static_cast<int64_t>(row[i]) * rows.stride;
+    }
+    inside_ = Index{};
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < kCorners; ++c) {
+      const Index is_inside = side_inside[0][c >> 2] & side_inside[1][c >> 1 & 1] & side_inside[2][c & 1];
+      inside_ |= is_inside & (1 << c);
+      const int64_t step = ((c >> 2) * steps[0] + (c >> 1 & 1) * steps[1] + (c & 1)) * rows.stride;
+      for (int64_t i = 0; i < lanes; ++i) {
+        address_[c][i] = is_inside[i] ? first_corner[i] + step : rows.address;
+      }
+    }
+  }
+
+  // Call visit(query, for_each_corner) for each sample; for_each_corner(visit) calls visit(address of the row, product
+  // of trilinear and attention weight) for the corners that are inside.
+  template <typename Visit>
+  void for_each_sample(Visit visit) const {
+    alignas(64) acc_t products[kCorners][lanes];
+    for (int64_t c = 0; c < kCorners; ++c) {
+      const Vec<acc_t> trilinear = weight_[0][c >> 2] * weight_[1][c >> 1 & 1] * weight_[2][c & 1];
+      store_lanes<acc_t>(products[c], trilinear * shares());
+    }
+    alignas(64) std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t> inside[lanes];
+    std::memcpy(inside, &inside_, sizeof(inside));
+    for (int64_t i = 0; i < count_; ++i) {
+      visit(query_[i], [&](auto visit_corner) {
+        if (inside[i] == (1 << kCorners) - 1) {
+#pragma GCC unroll 8
+          for (int64_t c = 0; c < kCorners; ++c) {
+            visit_corner(address_[c][i], products[c][i]);
+          }
+        } else {
+          for (uint32_t left = static_cast<uint32_t>(inside[i]); left != 0; left &= left - 1) {
+            const int c = std::countr_zero(left);
+            visit_corner(address_[c][i], products[c][i]);
+          }
+        }
+      });
+    }
+  }
+
+ private:
+  int64_t count_ = 0;
+  int64_t query_[lanes], sample_[lanes];
+  acc_t size_[3];
+  alignas(64) acc_t shares_[lanes], location_[3][lanes];
+  Vec<acc_t> weight_[3][2];
+  Index inside_;  // bit c: corner c is inside
+  alignas(64) int64_t address_[kCorners][lanes];
+};
+
+template <typename acc_t>
+class DeformWalk {
+ public:
+  // `row_bytes` is what one row takes in a slab.
+  DeformWalk(const AttendSizes& sizes, int64_t row_bytes) : sizes_(sizes) {
+    for (const Level& level : sizes.levels) {
+      // A copy pays where the samples read more rows than the level has.
+      const bool is_dense = sizes.heads > 1 && level.num_rows() < sizes.queries * sizes.points;
+      const int64_t most_slices = kSlabBytes / std::max<int64_t>(level.slice() * row_bytes, 1);
+      // Neighbouring slabs share a slice.
+      const bool is_whole = !is_dense || most_slices >= level.size[0];
+      cuts_.push_back({is_dense, is_whole ? level.size[0] : std::max<int64_t>(most_slices - 1, 1)});
+    }
+  }
+
+  // Visit the samples of the queries first .. last of one head: begin_slab(slab) says where its rows lie,
+  // visit(block) is called for its samples, end_slab(slab) follows.
+  template <typename BeginSlab, typename Visit, typename EndSlab>
+  void run(const DeformInputs<acc_t>& inputs, const HeadPlace& place, int64_t first_query, int64_t last_query,
+           BeginSlab begin_slab, Visit visit, EndSlab end_slab) {
+    for (size_t l = 0; l < sizes_.levels.size(); ++l) {
+      const Level& level = sizes_.levels[l];
+      const int64_t slices = cuts_[l].slices, num_slabs = (level.size[0] + slices - 1) / slices;
+      const auto first_sample = [&](int64_t query) {
+        return place.item(query, sizes_) * sizes_.num_samples() + static_cast<int64_t>(l) * sizes_.points;
+      };
+      if (num_slabs > 1) {
+        sort_by_slab(inputs, level, slices, num_slabs, first_query, last_query, first_sample);
+      }
+      for (int64_t s = 0; s < num_slabs; ++s) {
+        const int64_t first_slice = s * slices, last_slice = std::min(first_slice + slices + 1, level.size[0]);
+        const Slab slab{&level, level.start + first_slice * level.slice(), (last_slice - first_slice) * level.slice(),
+                        cuts_[l].is_dense, s == num_slabs - 1};
+        const SlabRows rows = begin_slab(slab);
+        const auto flush = [&] {
+          if (block_.count() > 0) {
+            block_.place(level, first_slice, rows);
+            visit(static_cast<const SampleBlock<acc_t>&>(block_));
+            block_.clear();
+          }
+        };
+        const auto add = [&](int64_t query, int64_t point) {
+          block_.add(inputs, query, first_sample(query) + point);
+          if (block_.is_full()) {
+            flush();
+          }
+        };
+        if (num_slabs == 1) {
+          for (int64_t query = first_query; query < last_query; ++query) {
+            inputs.prefetch(first_sample(std::min(query + 16, last_query - 1)));
+            for (int64_t point = 0; point < sizes_.points; ++point) {
+              add(query, point);
+            }
+          }
+        } else {
+          for (int64_t i = slab_begin_[s]; i < slab_begin_[s + 1]; ++i) {
+            const int64_t ahead = sorted_[std::min(i + 64, slab_begin_[s + 1] - 1)];
+            inputs.prefetch(first_sample(first_query + ahead / sizes_.points) + ahead % sizes_.points);
+            add(first_query + sorted_[i] / sizes_.points, sorted_[i] % sizes_.points);
+          }
+        }
+        flush();
+        end_slab(slab);
+      }
+    }
+  }
+
+ private:
+  // Half of a usual second-level cache: the other half is for what streams through it.
+  static constexpr int64_t kSlabBytes = 1 << 19;
+
+  struct Cut {
+    bool is_dense;
+    int64_t slices;  // of a slab, besides the one that it shares with the next
+  };
+
+  const AttendSizes& sizes_;
+  std::vector<Cut> cuts_;
+  std::vector<uint32_t> sorted_;  // query * points + point, counted from the first query
+  std::vector<int64_t> slab_begin_;
+  SampleBlock<acc_t> block_;
+
+  template <typename FirstSample>
+  void sort_by_slab(const DeformInputs<acc_t>& inputs, const Level& level, int64_t slices, int64_t num_slabs,
+                    int64_t first_query, int64_t last_query, FirstSample first_sample) {
+    const acc_t depth = static_cast<acc_t>(level.size[0]);
+    const auto for_each_slab = [&](auto visit) {
+      uint32_t number = 0;
+      for (int64_t query = first_query; query < last_query; ++query) {
+        const acc_t* z = inputs.locations + first_sample(query) * 3;
+        for (int64_t point = 0; point < sizes_.points; ++point, ++number) {
+          const acc_t position = z[point * 3] * depth - acc_t(0.5);
+          // What is outside, and NaN, may be anywhere.
+          const int64_t slice = position > acc_t(0) && position < depth ? static_cast<int64_t>(position) : 0;
+          visit(slice / slices, number);
+        }
+      }
+    };
+    slab_begin_.assign(num_slabs + 1, 0);
+    for_each_slab([&](int64_t slab, uint32_t) { ++slab_begin_[slab + 1]; });
+    for (int64_t s = 0; s < num_slabs; ++s) {
+      slab_begin_[s + 1] += slab_begin_[s];
+    }
+    sorted_.resize((last_query - first_query) * sizes_.points);
+    std::vector<int64_t> next(slab_begin_.begin(), slab_begin_.end() - 1);
+    for_each_slab([&](int64_t slab, uint32_t number) { sorted_[next[slab]++] = number; });
+  }
+};
+
+}  // namespace seg3d
