@@ -55,10 +55,17 @@ struct DeformInputs {
   const acc_t* locations;  // [N, Lq, M, L, P, 3]
   const acc_t* shares;     // [N, Lq, M, L, P]
 
-  // The samples of a level lie too far apart for the processor to foresee.
-  void prefetch(int64_t sample) const {
+  // A row [M, Dh] for each query of each image: what the samples are added to, or their gradients.
+  const void* query_rows;
+  int64_t head_bytes;
+
+  // The samples of a level, and the rows of a head, lie too far apart for the processor to foresee.
+  void prefetch(int64_t sample, int64_t item) const {
     __builtin_prefetch(locations + sample * 3);
     __builtin_prefetch(shares + sample);
+    for (int64_t byte = 0; byte < head_bytes; byte += 64) {
+      __builtin_prefetch(static_cast<const char*>(query_rows) + item * head_bytes + byte);
+    }
   }
 };
 
@@ -66,8 +73,8 @@ struct DeformInputs {
 struct Slab {
   const Level* level;
   int64_t first_row, num_rows;
-  bool is_dense;  // its samples read it often enough to copy it side by side first
-  bool is_last;   // of its level
+  bool is_dense;           // its samples read it often enough to copy it side by side first
+  bool is_first, is_last;  // of its level
 };
 
 // Where the rows of a slab lie, in bytes.
@@ -185,7 +192,8 @@ class SampleBlock {
 template <typename acc_t>
 class DeformWalk {
  public:
-  // `row_bytes` is what one row takes in a slab.
+  // `row_bytes` is what one row of a head takes. It must not depend on how work is shared, since slabs decide the order
+  // of sums.
   DeformWalk(const AttendSizes& sizes, int64_t row_bytes) : sizes_(sizes) {
     for (const Level& level : sizes.levels) {
       // A copy pays where the samples read more rows than the level has.
@@ -198,53 +206,40 @@ class DeformWalk {
   }
 
   // Visit the samples of the queries first .. last of one head: begin_slab(slab) says where its rows lie,
-  // visit(block) is called for its samples, end_slab(slab) follows.
+  // visit(block) is called for its samples, end_slab(slab) follows. A slab comes again for other queries where there
+  // are too many to sort at once.
   template <typename BeginSlab, typename Visit, typename EndSlab>
   void run(const DeformInputs<acc_t>& inputs, const HeadPlace& place, int64_t first_query, int64_t last_query,
            BeginSlab begin_slab, Visit visit, EndSlab end_slab) {
     for (size_t l = 0; l < sizes_.levels.size(); ++l) {
       const Level& level = sizes_.levels[l];
       const int64_t slices = cuts_[l].slices, num_slabs = (level.size[0] + slices - 1) / slices;
-      const auto first_sample = [&](int64_t query) {
-        return place.item(query, sizes_) * sizes_.num_samples() + static_cast<int64_t>(l) * sizes_.points;
-      };
-      if (num_slabs > 1) {
-        sort_by_slab(inputs, level, slices, num_slabs, first_query, last_query, first_sample);
-      }
-      for (int64_t s = 0; s < num_slabs; ++s) {
-        const int64_t first_slice = s * slices, last_slice = std::min(first_slice + slices + 1, level.size[0]);
-        const Slab slab{&level, level.start + first_slice * level.slice(), (last_slice - first_slice) * level.slice(),
-                        cuts_[l].is_dense, s == num_slabs - 1};
-        const SlabRows rows = begin_slab(slab);
-        const auto flush = [&] {
-          if (block_.count() > 0) {
-            block_.place(level, first_slice, rows);
-            visit(static_cast<const SampleBlock<acc_t>&>(block_));
-            block_.clear();
-          }
-        };
-        const auto add = [&](int64_t query, int64_t point) {
-          block_.add(inputs, query, first_sample(query) + point);
-          if (block_.is_full()) {
-            flush();
-          }
-        };
-        if (num_slabs == 1) {
-          for (int64_t query = first_query; query < last_query; ++query) {
-            inputs.prefetch(first_sample(std::min(query + 16, last_query - 1)));
-            for (int64_t point = 0; point < sizes_.points; ++point) {
-              add(query, point);
-            }
-          }
-        } else {
-          for (int64_t i = slab_begin_[s]; i < slab_begin_[s + 1]; ++i) {
-            const int64_t ahead = sorted_[std::min(i + 64, slab_begin_[s + 1] - 1)];
-            inputs.prefetch(first_sample(first_query + ahead / sizes_.points) + ahead % sizes_.points);
-            add(first_query + sorted_[i] / sizes_.points, sorted_[i] % sizes_.points);
-          }
+      const int64_t count = last_query - first_query;
+      const int64_t num_turns = num_slabs == 1 ? 1 : (count * sizes_.points + kMostSorted - 1) / kMostSorted;
+      for (int64_t turn = 0; turn < num_turns; ++turn) {
+        const Part part{&level, static_cast<int64_t>(l), place, first_query + count * turn / num_turns,
+                        first_query + count * (turn + 1) / num_turns};
+        if (num_slabs > 1) {
+          sort_by_slab(inputs, part, slices, num_slabs);
         }
-        flush();
-        end_slab(slab);
+        for (int64_t s = 0; s < num_slabs; ++s) {
+          const int64_t first_slice = s * slices, last_slice = std::min(first_slice + slices + 1, level.size[0]);
+          const Slab slab{&level,
+                          level.start + first_slice * level.slice(),
+                          (last_slice - first_slice) * level.slice(),
+                          cuts_[l].is_dense,
+                          turn == 0 && s == 0,
+                          turn == num_turns - 1 && s == num_slabs - 1};
+          const SlabRows rows = begin_slab(slab);
+          for_each_sample(inputs, part, num_slabs > 1 ? s : -1, [&](int64_t query, int64_t sample) {
+            block_.add(inputs, query, sample);
+            if (block_.is_full()) {
+              flush(level, first_slice, rows, visit);
+            }
+          });
+          flush(level, first_slice, rows, visit);
+          end_slab(slab);
+        }
       }
     }
   }
@@ -253,25 +248,69 @@ class DeformWalk {
   // Half of a usual second-level cache: the other half is for what streams through it.
   static constexpr int64_t kSlabBytes = 1 << 19;
 
+  // Samples that are sorted at once.
+  static constexpr int64_t kMostSorted = 1 << 17;
+
   struct Cut {
     bool is_dense;
     int64_t slices;  // of a slab, besides the one that it shares with the next
   };
 
+  // The samples of some queries of one head on one level.
+  struct Part {
+    const Level* level;
+    int64_t number;  // of the level
+    HeadPlace place;
+    int64_t first_query, last_query;
+
+    int64_t first_sample(int64_t query, const AttendSizes& sizes) const {
+      return place.item(query, sizes) * sizes.num_samples() + number * sizes.points;
+    }
+  };
+
   const AttendSizes& sizes_;
   std::vector<Cut> cuts_;
-  std::vector<uint32_t> sorted_;  // query * points + point, counted from the first query
+  std::vector<uint32_t> sorted_;  // query * points + point, counted from the first query of the part
   std::vector<int64_t> slab_begin_;
   SampleBlock<acc_t> block_;
 
-  template <typename FirstSample>
-  void sort_by_slab(const DeformInputs<acc_t>& inputs, const Level& level, int64_t slices, int64_t num_slabs,
-                    int64_t first_query, int64_t last_query, FirstSample first_sample) {
-    const acc_t depth = static_cast<acc_t>(level.size[0]);
+  template <typename Visit>
+  void flush(const Level& level, int64_t first_slice, const SlabRows& rows, Visit visit) {
+    if (block_.count() > 0) {
+      block_.place(level, first_slice, rows);
+      visit(static_cast<const SampleBlock<acc_t>&>(block_));
+      block_.clear();
+    }
+  }
+
+  // Call visit(query, sample) for the samples of a slab, or, where the part has one slab only (-1), for all.
+  template <typename Visit>
+  void for_each_sample(const DeformInputs<acc_t>& inputs, const Part& part, int64_t slab, Visit visit) const {
+    if (slab < 0) {
+      for (int64_t query = part.first_query; query < part.last_query; ++query) {
+        const int64_t ahead = std::min(query + 16, part.last_query - 1);
+        inputs.prefetch(part.first_sample(ahead, sizes_), part.place.item(ahead, sizes_));
+        for (int64_t point = 0; point < sizes_.points; ++point) {
+          visit(query, part.first_sample(query, sizes_) + point);
+        }
+      }
+      return;
+    }
+    const int64_t end = slab_begin_[slab + 1];
+    for (int64_t i = slab_begin_[slab]; i < end; ++i) {
+      const uint32_t ahead = sorted_[std::min(i + 64, end - 1)], points = static_cast<uint32_t>(sizes_.points);
+      const int64_t query_ahead = part.first_query + ahead / points, query = part.first_query + sorted_[i] / points;
+      inputs.prefetch(part.first_sample(query_ahead, sizes_) + ahead % points, part.place.item(query_ahead, sizes_));
+      visit(query, part.first_sample(query, sizes_) + sorted_[i] % points);
+    }
+  }
+
+  void sort_by_slab(const DeformInputs<acc_t>& inputs, const Part& part, int64_t slices, int64_t num_slabs) {
+    const acc_t depth = static_cast<acc_t>(part.level->size[0]);
     const auto for_each_slab = [&](auto visit) {
       uint32_t number = 0;
-      for (int64_t query = first_query; query < last_query; ++query) {
-        const acc_t* z = inputs.locations + first_sample(query) * 3;
+      for (int64_t query = part.first_query; query < part.last_query; ++query) {
+        const acc_t* z = inputs.locations + part.first_sample(query, sizes_) * 3;
         for (int64_t point = 0; point < sizes_.points; ++point, ++number) {
           const acc_t position = z[point * 3] * depth - acc_t(0.5);
           // What is outside, and NaN, may be anywhere.
@@ -285,7 +324,7 @@ class DeformWalk {
     for (int64_t s = 0; s < num_slabs; ++s) {
       slab_begin_[s + 1] += slab_begin_[s];
     }
-    sorted_.resize((last_query - first_query) * sizes_.points);
+    sorted_.resize((part.last_query - part.first_query) * sizes_.points);
     std::vector<int64_t> next(slab_begin_.begin(), slab_begin_.end() - 1);
     for_each_slab([&](int64_t slab, uint32_t number) { sorted_[next[slab]++] = number; });
   }

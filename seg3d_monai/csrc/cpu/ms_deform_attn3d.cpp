@@ -89,7 +89,8 @@ void forward(const Tensor& value, const Tensor& locations, const Tensor& attenti
   using acc_t = accumulate_t<scalar_t>;
   constexpr int64_t lanes = num_lanes<acc_t>;
   constexpr bool is_exact = std::is_same_v<scalar_t, acc_t>;
-  const DeformInputs<acc_t> inputs{locations.const_data_ptr<acc_t>(), attention.const_data_ptr<acc_t>()};
+  const DeformInputs<acc_t> inputs{locations.const_data_ptr<acc_t>(), attention.const_data_ptr<acc_t>(),
+                                   output.const_data_ptr(), sizes.channels * static_cast<int64_t>(sizeof(scalar_t))};
   const scalar_t* values = value.const_data_ptr<scalar_t>();
   scalar_t* out = output.mutable_data_ptr<scalar_t>();
   torch::stable::parallel_for(0, sizes.num_heads() * sizes.queries, 64, [&](int64_t begin, int64_t end) {
@@ -150,7 +151,8 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
                       const AttendSizes& sizes, Tensor& grad_locations, Tensor& grad_attention) {
   using acc_t = accumulate_t<scalar_t>;
   constexpr int64_t lanes = num_lanes<acc_t>;
-  const DeformInputs<acc_t> inputs{locations.const_data_ptr<acc_t>(), attention.const_data_ptr<acc_t>()};
+  const DeformInputs<acc_t> inputs{locations.const_data_ptr<acc_t>(), attention.const_data_ptr<acc_t>(),
+                                   grad.const_data_ptr(), sizes.channels * static_cast<int64_t>(sizeof(scalar_t))};
   const scalar_t* values = value.const_data_ptr<scalar_t>();
   const scalar_t* grads = grad.const_data_ptr<scalar_t>();
   acc_t* grad_location = grad_locations.mutable_data_ptr<acc_t>();
@@ -216,7 +218,8 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
                     Tensor& grad_value) {
   using acc_t = accumulate_t<scalar_t>;
   constexpr int64_t lanes = num_lanes<acc_t>;
-  const DeformInputs<acc_t> inputs{locations.const_data_ptr<acc_t>(), attention.const_data_ptr<acc_t>()};
+  const DeformInputs<acc_t> inputs{locations.const_data_ptr<acc_t>(), attention.const_data_ptr<acc_t>(),
+                                   grad.const_data_ptr(), sizes.channels * static_cast<int64_t>(sizeof(scalar_t))};
   const scalar_t* grads = grad.const_data_ptr<scalar_t>();
   scalar_t* out = grad_value.mutable_data_ptr<scalar_t>();
   const int64_t num_threads = torch::stable::get_num_threads(), num_heads = std::max<int64_t>(sizes.num_heads(), 1);
@@ -224,7 +227,7 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
   const int64_t num_parts = std::min((num_threads + num_heads - 1) / num_heads, num_vectors);
   const int64_t part = (num_vectors + num_parts - 1) / num_parts * lanes;  // channels of a part
   torch::stable::parallel_for(0, sizes.num_heads() * num_parts, 1, [&](int64_t begin, int64_t end) {
-    DeformWalk<acc_t> walk(sizes, part * sizeof(acc_t));
+    DeformWalk<acc_t> walk(sizes, sizes.channels * sizeof(acc_t));
     AlignedBuffer<acc_t> dense;
     for (int64_t unit = begin; unit < end; ++unit) {
       const HeadPlace place{unit / num_parts / sizes.heads, unit / num_parts % sizes.heads};
@@ -241,7 +244,7 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
           const Level& level = *slab.level;
           const int64_t row = slab.first_row - level.start;
           sums = dense.reserve(level.num_rows() * part);
-          if (row == 0) {
+          if (slab.is_first) {
             std::fill_n(sums, level.num_rows() * part, acc_t(0));
           }
           return {reinterpret_cast<int64_t>(sums + row * part), part * bytes};
