@@ -47,11 +47,12 @@ def roi_align3d(
             exactly. False is the first RoIAlign: no shift, boxes at least one voxel wide.
 
     Returns:
-        [K, C, d, h, w] in the dtype of `features`.
+        [K, C, d, h, w] in the dtype of `features`; in their memory format, if their channels lie side by side.
 
     Raises:
         TypeError: an argument has the wrong type or dtype (half boxes included: they cannot hold coordinates).
-        ValueError: shapes do not fit, devices differ, a box is not finite, or `batch_index` is outside [0, N).
+        ValueError: shapes do not fit, devices differ, a box is not finite, or `batch_index` is outside [0, N). On CUDA
+            values are not looked at: such a box pools NaN and passes no gradient.
     """
     check_tensor("features", features, "N, C, D, H, W", FLOATING)
     check_boxes("boxes", boxes, FLOATING[:2])

@@ -1,9 +1,9 @@
 // The order in which deformable attention goes through its samples, and where each of them lies.
 //
 // All samples of one head are visited level by level. A level whose rows do not fit into the second-level cache is cut
-// into slabs along z, and its samples are sorted by slab, in their order otherwise. So the rows that are in use fit
-// into the cache, at the price of one more pass over the queries a slab. Whether a level is cut depends on the sizes of
-// the call alone: results do not depend on how queries are shared among threads.
+// into slabs along z or y, and its samples are sorted by slab, in their order otherwise. So the rows that are in use
+// fit into the cache, at the price of one more pass over the queries a slab. Whether a level is cut depends on the
+// sizes of the call alone: results do not depend on how queries are shared among threads.
 #pragma once
 
 #include <algorithm>
@@ -69,17 +69,32 @@ struct DeformInputs {
   }
 };
 
-// The rows first_row .. first_row + num_rows of the value: slices of one level.
+// The slices first .. last (exclusive) of one level along z (axis 0) or y (axis 1).
 struct Slab {
   const Level* level;
-  int64_t first_row, num_rows;
+  int axis;
+  int64_t first, last;
   bool is_dense;           // its samples read it often enough to copy it side by side first
   bool is_first, is_last;  // of its level
+
+  int64_t low(int a) const { return a == axis ? first : 0; }
+  int64_t extent(int a) const { return a == axis ? last - first : level->size[a]; }
+  int64_t num_rows() const { return extent(0) * extent(1) * extent(2); }
+
+  // Call visit(row of the value, row of the slab, number of rows) for all runs of rows that follow each other in both.
+  template <typename Visit>
+  void for_each_run(Visit visit) const {
+    const int64_t run = extent(1) * extent(2);
+    for (int64_t z = 0; z < extent(0); ++z) {
+      visit(level->start + (low(0) + z) * level->slice() + low(1) * level->size[2], z * run, run);
+    }
+  }
 };
 
-// Where the rows of a slab lie, in bytes.
+// Where rows lie, in bytes: those of the slab alone, or those of its whole level.
 struct SlabRows {
   int64_t address, stride;
+  bool is_slab;
 };
 
 // As many samples of one slab as a vector has lanes. Corner c has the bits (z, y, x), 1 for the high side.
@@ -112,14 +127,15 @@ class SampleBlock {
   }
 
   // Find the rows: zero_padded_sample of trilinear.h for all lanes at once.
-  void place(const Level& level, int64_t first_slice, const SlabRows& rows) {
+  void place(const Slab& slab, const SlabRows& rows) {
     for (int64_t i = count_; i < lanes; ++i) {
       // Lanes without a sample lie outside.
       query_[i] = query_[0];
       shares_[i] = acc_t(0);
       location_[0][i] = location_[1][i] = location_[2][i] = acc_t(-9);
     }
-    const int64_t steps[3] = {level.slice(), level.size[2], 1};
+    const Level& level = *slab.level;
+    const int64_t steps[3] = {rows.is_slab ? slab.extent(1) * slab.extent(2) : level.slice(), level.size[2], 1};
     Index row = {}, side_inside[3][2];
     for (int axis = 0; axis < 3; ++axis) {
       size_[axis] = static_cast<acc_t>(level.size[axis]);
@@ -132,7 +148,7 @@ class SampleBlock {
       weight_[axis][0] = acc_t(1) - weight_[axis][1];
       side_inside[axis][0] = is_near & (low >= 0);
       side_inside[axis][1] = is_near & (low < static_cast<decltype(low[0] + 0)>(level.size[axis] - 1));
-      row += (low - static_cast<decltype(low[0] + 0)>(axis == 0 ? first_slice : 0)) *
+      row += (low - static_cast<decltype(low[0] + 0)>(rows.is_slab ? slab.low(axis) : 0)) *
              static_cast<decltype(low[0] + 0)>(steps[axis]);
     }
     alignas(64) int64_t first_corner[lanes];
@@ -198,10 +214,12 @@ class DeformWalk {
     for (const Level& level : sizes.levels) {
       // A copy pays where the samples read more rows than the level has.
       const bool is_dense = sizes.heads > 1 && level.num_rows() < sizes.queries * sizes.points;
-      const int64_t most_slices = kSlabBytes / std::max<int64_t>(level.slice() * row_bytes, 1);
+      const int axis = level.size[0] >= level.size[1] ? 0 : 1;
+      const int64_t slice = level.size[1 - axis] * level.size[2];
+      const int64_t most_slices = kSlabBytes / std::max<int64_t>(slice * row_bytes, 1);
       // Neighbouring slabs share a slice.
-      const bool is_whole = !is_dense || most_slices >= level.size[0];
-      cuts_.push_back({is_dense, is_whole ? level.size[0] : std::max<int64_t>(most_slices - 1, 1)});
+      const bool is_whole = !is_dense || most_slices >= level.size[axis];
+      cuts_.push_back({is_dense, axis, is_whole ? level.size[axis] : std::max<int64_t>(most_slices - 1, 1)});
     }
   }
 
@@ -213,31 +231,32 @@ class DeformWalk {
            BeginSlab begin_slab, Visit visit, EndSlab end_slab) {
     for (size_t l = 0; l < sizes_.levels.size(); ++l) {
       const Level& level = sizes_.levels[l];
-      const int64_t slices = cuts_[l].slices, num_slabs = (level.size[0] + slices - 1) / slices;
+      const auto [is_dense, axis, slices] = cuts_[l];
+      const int64_t num_slabs = (level.size[axis] + slices - 1) / slices;
       const int64_t count = last_query - first_query;
       const int64_t num_turns = num_slabs == 1 ? 1 : (count * sizes_.points + kMostSorted - 1) / kMostSorted;
       for (int64_t turn = 0; turn < num_turns; ++turn) {
         const Part part{&level, static_cast<int64_t>(l), place, first_query + count * turn / num_turns,
                         first_query + count * (turn + 1) / num_turns};
         if (num_slabs > 1) {
-          sort_by_slab(inputs, part, slices, num_slabs);
+          sort_by_slab(inputs, part, axis, slices, num_slabs);
         }
         for (int64_t s = 0; s < num_slabs; ++s) {
-          const int64_t first_slice = s * slices, last_slice = std::min(first_slice + slices + 1, level.size[0]);
           const Slab slab{&level,
-                          level.start + first_slice * level.slice(),
-                          (last_slice - first_slice) * level.slice(),
-                          cuts_[l].is_dense,
+                          axis,
+                          s * slices,
+                          std::min((s + 1) * slices + 1, level.size[axis]),
+                          is_dense,
                           turn == 0 && s == 0,
                           turn == num_turns - 1 && s == num_slabs - 1};
           const SlabRows rows = begin_slab(slab);
           for_each_sample(inputs, part, num_slabs > 1 ? s : -1, [&](int64_t query, int64_t sample) {
             block_.add(inputs, query, sample);
             if (block_.is_full()) {
-              flush(level, first_slice, rows, visit);
+              flush(slab, rows, visit);
             }
           });
-          flush(level, first_slice, rows, visit);
+          flush(slab, rows, visit);
           end_slab(slab);
         }
       }
@@ -253,6 +272,7 @@ class DeformWalk {
 
   struct Cut {
     bool is_dense;
+    int axis;
     int64_t slices;  // of a slab, besides the one that it shares with the next
   };
 
@@ -275,9 +295,9 @@ class DeformWalk {
   SampleBlock<acc_t> block_;
 
   template <typename Visit>
-  void flush(const Level& level, int64_t first_slice, const SlabRows& rows, Visit visit) {
+  void flush(const Slab& slab, const SlabRows& rows, Visit visit) {
     if (block_.count() > 0) {
-      block_.place(level, first_slice, rows);
+      block_.place(slab, rows);
       visit(static_cast<const SampleBlock<acc_t>&>(block_));
       block_.clear();
     }
@@ -305,16 +325,16 @@ class DeformWalk {
     }
   }
 
-  void sort_by_slab(const DeformInputs<acc_t>& inputs, const Part& part, int64_t slices, int64_t num_slabs) {
-    const acc_t depth = static_cast<acc_t>(part.level->size[0]);
+  void sort_by_slab(const DeformInputs<acc_t>& inputs, const Part& part, int axis, int64_t slices, int64_t num_slabs) {
+    const acc_t extent = static_cast<acc_t>(part.level->size[axis]);
     const auto for_each_slab = [&](auto visit) {
       uint32_t number = 0;
       for (int64_t query = part.first_query; query < part.last_query; ++query) {
-        const acc_t* z = inputs.locations + part.first_sample(query, sizes_) * 3;
+        const acc_t* locations = inputs.locations + part.first_sample(query, sizes_) * 3 + axis;
         for (int64_t point = 0; point < sizes_.points; ++point, ++number) {
-          const acc_t position = z[point * 3] * depth - acc_t(0.5);
+          const acc_t position = locations[point * 3] * extent - acc_t(0.5);
           // What is outside, and NaN, may be anywhere.
-          const int64_t slice = position > acc_t(0) && position < depth ? static_cast<int64_t>(position) : 0;
+          const int64_t slice = position > acc_t(0) && position < extent ? static_cast<int64_t>(position) : 0;
           visit(slice / slices, number);
         }
       }

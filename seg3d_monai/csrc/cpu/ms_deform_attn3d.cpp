@@ -8,7 +8,7 @@
 //
 // Cost: N Lq M L P 8 Dh sums forward, three times as many with the backward pass. What limits it is the memory: rows
 // are read in no order, and the heads of a row lie side by side, so the rows of a head lie far apart and use a fraction
-// of the cache's sets. So a head is worked off level by level, a large level slab by slab of z, and the rows of a slab
+// of the cache's sets. So a head is worked off level by level, a large level slab by slab, and the rows of a slab
 // are first copied side by side into a buffer that fits into the second-level cache (deform_walk.h).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "cpu/deform_walk.h"
+#include "cpu/huge_pages.h"
 #include "cpu/lanes.h"
 
 namespace seg3d {
@@ -53,16 +54,19 @@ class SlabReader {
   SlabReader(const scalar_t* value, const AttendSizes& sizes) : value_(value), sizes_(sizes) {}
 
   SlabRows begin(const HeadPlace& place, const Slab& slab) {
-    const scalar_t* rows = value_ + place.first_row_channel(sizes_) + slab.first_row * sizes_.row_stride();
+    constexpr int64_t bytes = sizeof(scalar_t);
+    const int64_t stride = sizes_.row_stride(), channels = sizes_.channels;
+    const scalar_t* rows = value_ + place.first_row_channel(sizes_);
     if (!slab.is_dense) {
-      return {reinterpret_cast<int64_t>(rows), sizes_.row_stride() * static_cast<int64_t>(sizeof(scalar_t))};
+      return {reinterpret_cast<int64_t>(rows + slab.level->start * stride), stride * bytes, false};
     }
-    scalar_t* dense = dense_.reserve(slab.num_rows * sizes_.channels);
-    for (int64_t row = 0; row < slab.num_rows; ++row) {
-      const scalar_t* source = rows + row * sizes_.row_stride();
-      std::copy(source, source + sizes_.channels, dense + row * sizes_.channels);
-    }
-    return {reinterpret_cast<int64_t>(dense), sizes_.channels * static_cast<int64_t>(sizeof(scalar_t))};
+    scalar_t* dense = dense_.reserve(slab.num_rows() * channels);
+    slab.for_each_run([&](int64_t from, int64_t to, int64_t count) {
+      for (int64_t row = 0; row < count; ++row) {
+        std::copy_n(rows + (from + row) * stride, channels, dense + (to + row) * channels);
+      }
+    });
+    return {reinterpret_cast<int64_t>(dense), channels * bytes, true};
   }
 
  private:
@@ -239,21 +243,21 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
       acc_t* sums = nullptr;
       // Half types are rounded once, after the last slab: their sums are those of a whole level.
       const auto begin_slab = [&](const Slab& slab) -> SlabRows {
-        const int64_t bytes = sizeof(acc_t);
+        constexpr int64_t bytes = sizeof(acc_t);
+        const Level& level = *slab.level;
         if constexpr (!std::is_same_v<scalar_t, acc_t>) {
-          const Level& level = *slab.level;
-          const int64_t row = slab.first_row - level.start;
           sums = dense.reserve(level.num_rows() * part);
           if (slab.is_first) {
             std::fill_n(sums, level.num_rows() * part, acc_t(0));
           }
-          return {reinterpret_cast<int64_t>(sums + row * part), part * bytes};
+          return {reinterpret_cast<int64_t>(sums), part * bytes, false};
         } else if (slab.is_dense) {
-          sums = dense.reserve(slab.num_rows * part);
-          std::fill_n(sums, slab.num_rows * part, acc_t(0));
-          return {reinterpret_cast<int64_t>(sums), part * bytes};
+          sums = dense.reserve(slab.num_rows() * part);
+          std::fill_n(sums, slab.num_rows() * part, acc_t(0));
+          return {reinterpret_cast<int64_t>(sums), part * bytes, true};
         } else {
-          return {reinterpret_cast<int64_t>(target + slab.first_row * sizes.row_stride()), sizes.row_stride() * bytes};
+          return {reinterpret_cast<int64_t>(target + level.start * sizes.row_stride()), sizes.row_stride() * bytes,
+                  false};
         }
       };
       const auto end_slab = [&](const Slab& slab) {
@@ -264,12 +268,14 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
             }
           }
         } else if (slab.is_dense) {
-          for (int64_t row = 0; row < slab.num_rows; ++row) {
-            acc_t* to = target + (slab.first_row + row) * sizes.row_stride();
-            for (int64_t c = 0; c < channels; ++c) {
-              to[c] += sums[row * part + c];
+          slab.for_each_run([&](int64_t to, int64_t from, int64_t count) {
+            for (int64_t row = 0; row < count; ++row) {
+              acc_t* target_row = target + (to + row) * sizes.row_stride();
+              for (int64_t c = 0; c < channels; ++c) {
+                target_row[c] += sums[(from + row) * part + c];
+              }
             }
-          }
+          });
         }
       };
       walk.run(
@@ -360,6 +366,7 @@ Tensor ms_deform_attn3d(const Tensor& value, const Tensor& spatial_shapes, const
   const Tensor rows = torch::stable::contiguous(value), locations = torch::stable::contiguous(sampling_locations);
   const Tensor attention = torch::stable::contiguous(attention_weights);
   Tensor output = torch::stable::new_empty(value, {sizes.batch, sizes.queries, sizes.row_stride()});
+  advise_huge_pages(output);
   dispatch(value.scalar_type(), [&](auto zero) { forward<decltype(zero)>(rows, locations, attention, sizes, output); });
   return output;
 }
@@ -374,9 +381,13 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn3d_backward(const Tensor& grad,
                   "ms_deform_attn3d_backward: grad must have the dtype of value and the shape [N, Lq, M * Dh]");
   const Tensor rows = torch::stable::contiguous(value), locations = torch::stable::contiguous(sampling_locations);
   const Tensor attention = torch::stable::contiguous(attention_weights), grads = torch::stable::contiguous(grad);
-  Tensor grad_value = torch::stable::new_zeros(rows, {sizes.batch, sizes.rows, sizes.heads, sizes.channels});
+  Tensor grad_value = torch::stable::new_empty(rows, {sizes.batch, sizes.rows, sizes.heads, sizes.channels});
+  advise_huge_pages(grad_value);
+  torch::stable::zero_(grad_value);
   Tensor grad_locations = torch::stable::empty_like(locations);
   Tensor grad_attention = torch::stable::empty_like(attention);
+  advise_huge_pages(grad_locations);
+  advise_huge_pages(grad_attention);
   dispatch(value.scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
     backward_value<scalar_t>(grads, locations, attention, sizes, grad_value);

@@ -58,12 +58,12 @@ struct Group {
   Window window;
 };
 
-// A window of this many voxels by one vector of channels takes two megabytes.
-constexpr int64_t kWindowVoxels = 32768;
+// A window of this many voxels by one vector of channels takes four megabytes.
+constexpr int64_t kWindowVoxels = 65536;
 
 template <typename acc_t>
-std::vector<Group> group_boxes(const std::vector<RoiMatrices<acc_t>>& matrices, const int64_t* image,
-                               int64_t most_boxes, int64_t most_voxels) {
+std::vector<Group> group_boxes(const std::vector<RoiMatrices<acc_t>>& matrices, const RoiGeometry& geometry,
+                               const int64_t* image, int64_t most_boxes, int64_t most_voxels) {
   std::vector<Window> windows(matrices.size());
   std::vector<int64_t> order;
   for (size_t k = 0; k < matrices.size(); ++k) {
@@ -72,9 +72,10 @@ std::vector<Group> group_boxes(const std::vector<RoiMatrices<acc_t>>& matrices, 
       order.push_back(static_cast<int64_t>(k));
     }
   }
+  // Along the longest axis the windows of neighbours unite to the smallest ones.
+  const auto longest = std::max_element(geometry.size.begin(), geometry.size.end()) - geometry.size.begin();
   const auto place = [&](int64_t k) {
-    const auto& [low, high] = windows[k];
-    return std::array<int64_t, 4>{image[k], low[0] + high[0], low[1] + high[1], low[2] + high[2]};
+    return std::array<int64_t, 2>{image[k], windows[k].low[longest] + windows[k].high[longest]};
   };
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return place(a) < place(b); });
   std::vector<Group> groups;
@@ -257,7 +258,7 @@ void forward(const Tensor& features, const Tensor& boxes, const Tensor& batch_in
   }
   // Enough groups to share among the threads; a group's result does not depend on who else is in it.
   const int64_t num_shares = 4 * torch::stable::get_num_threads() / std::max<int64_t>(num_blocks, 1) + 1;
-  const auto groups = group_boxes(matrices, batch_index.const_data_ptr<int64_t>(),
+  const auto groups = group_boxes(matrices, geometry, batch_index.const_data_ptr<int64_t>(),
                                   L == 1 ? 1 : (num_boxes + num_shares - 1) / num_shares, kWindowVoxels);
   const int64_t num_groups = static_cast<int64_t>(groups.size());
   // A single channel of the right type is read where it lies.
@@ -306,7 +307,7 @@ void backward(const Tensor& grad, const Tensor& boxes, const Tensor& batch_index
   // Half types are rounded once, so all boxes of an image go through one window.
   const bool is_exact = std::is_same_v<scalar_t, acc_t>;
   const auto groups =
-      group_boxes(matrices, batch_index.const_data_ptr<int64_t>(), L == 1 && is_exact ? 1 : boxes.size(0),
+      group_boxes(matrices, geometry, batch_index.const_data_ptr<int64_t>(), L == 1 && is_exact ? 1 : boxes.size(0),
                   is_exact ? kWindowVoxels : geometry.num_voxels());
   std::vector<std::vector<const Group*>> groups_of(num_images);
   for (const Group& group : groups) {
@@ -455,6 +456,7 @@ Tensor roi_align3d_backward(const Tensor& grad, const Tensor& boxes, const Tenso
   const Tensor image = torch::stable::contiguous(batch_index);
   check_arguments(grad_rows, box_rows, image, batch, geometry);
   Tensor grad_features = new_volumes(grad, batch, grad.size(1), geometry.size, channels_last);
+  advise_huge_pages(grad_features);
   torch::stable::zero_(grad_features);
   dispatch(grad.scalar_type(), grad.size(1), [&](auto zero, auto lanes) {
     backward<lanes.value, decltype(zero)>(grad_rows, box_rows, image, geometry, grad_features);
