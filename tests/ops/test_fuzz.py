@@ -55,9 +55,7 @@ def test_roi_align3d(data):
     # The naive loop visits every sample of an adaptive grid, so it gets boxes of some voxels only.
     near = (boxes.abs() < 40).all(1) if ratio == 0 else torch.ones(len(boxes), dtype=torch.bool)
     exact = features.detach().double().contiguous().numpy()
-    expected = naive_oracle.roi_align(
-        exact, boxes[near].tolist(), index[near].tolist(), out, scale, ratio, aligned
-    )
+    expected = naive_oracle.roi_align(exact, boxes[near].tolist(), index[near].tolist(), out, scale, ratio, aligned)
     tolerance = max(torch.finfo(dtype).eps * 2, 1e-9)
     np.testing.assert_allclose(pooled.detach()[near].double().numpy(), expected, rtol=tolerance, atol=tolerance)
     assert torch.isfinite(pooled).all()
@@ -72,8 +70,13 @@ def test_nms3d(data):
     coordinates = draw(st.sampled_from([COORDINATES, st.integers(0, 4).map(float), st.floats(0, 8)]))
     boxes = boxes_of(draw, 40, coordinates).to(dtype)
     scores = torch.tensor(
-        draw(st.lists(st.sampled_from([0.0, -0.0, 0.5, 0.75, 1.0, -math.inf, math.inf]), min_size=len(boxes),
-                      max_size=len(boxes))),
+        draw(
+            st.lists(
+                st.sampled_from([0.0, -0.0, 0.5, 0.75, 1.0, -math.inf, math.inf]),
+                min_size=len(boxes),
+                max_size=len(boxes),
+            )
+        ),
         dtype=dtype,
     )
     group = torch.arange(len(boxes)) * 7 % draw(st.integers(1, 4)) - 1

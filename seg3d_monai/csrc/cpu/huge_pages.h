@@ -16,12 +16,12 @@ namespace seg3d {
 
 inline void advise_huge_pages([[maybe_unused]] const torch::stable::Tensor& tensor) {
 #if defined(__linux__)
-  constexpr uintptr_t huge = uintptr_t(1) << 21;
+  constexpr uintptr_t huge = uintptr_t(1) << 21, least = 32 * huge;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel() * tensor.element_size());
   // Whole huge pages only: what lies around the tensor belongs to others.
   const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
-  if (first < last) {
+  if (first < last && last - first >= least) {
     // It is advice: where it is refused, small pages serve.
     (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   }
