@@ -338,6 +338,8 @@ AttendSizes checked_sizes(const Tensor& value, const Tensor& shapes, const Tenso
                     "ms_deform_attn3d: spatial_shapes cover more than the ", sizes.rows, " rows of value");
     sizes.levels.push_back({start, {shape[0], shape[1], shape[2]}});
     start += shape[0] * shape[1] * shape[2];
+    STD_TORCH_CHECK(sizes.levels.back().num_rows() < int64_t(1) << 31,
+                    "ms_deform_attn3d: a level must have fewer than 2^31 voxels");
   }
   STD_TORCH_CHECK(start == sizes.rows, "ms_deform_attn3d: spatial_shapes cover ", start, " of the ", sizes.rows,
                   " rows of value");
