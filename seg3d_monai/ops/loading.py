@@ -6,6 +6,7 @@ package must not start CUDA, which would break processes that fork. This file kn
 ops/registration.py binds them.
 """
 
+import ctypes
 import functools
 import logging
 import os
@@ -16,7 +17,15 @@ from pathlib import Path
 
 import torch
 
-from seg3d_monai.ops.build import BuildError, Recipe, build_into_cache, cpu_recipe, cpu_sources, source_hash
+from seg3d_monai.ops.build import (
+    BuildError,
+    Recipe,
+    build_into_cache,
+    cpu_recipe,
+    cpu_sources,
+    source_hash,
+    torch_folder,
+)
 from seg3d_monai.ops.build_cuda import cuda_recipe, cuda_sources
 
 PREBUILT = Path(__file__).resolve().parent.parent / "_lib"
@@ -63,7 +72,16 @@ def load_cuda_operators() -> Loaded:
         capabilities = [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())]
         return cuda_recipe(capabilities)
 
+    share_cuda_symbols()
     return _load_first(prebuilt_cuda_library(), recipe, "its operators on CUDA", MEND_CUDA)
+
+
+def share_cuda_symbols() -> None:
+    """Let libraries that were linked without torch's CUDA libraries, for want of them, find their symbols."""
+    for name in ("libc10_cuda.so", "libtorch_cuda.so"):
+        library = torch_folder() / "lib" / name
+        if library.exists():
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def _load_first(prebuilt: Path, recipe: Callable[[], Recipe], what: str, mend: str) -> Loaded:
