@@ -136,10 +136,20 @@ class BoxGrid {
 
   // The class of each box, by the powers of two of its three extents.
   std::vector<uint16_t> classify(std::span<const Box<T>> unsorted) {
+    // Relative to the largest extent, so that stretching an axis changes nothing.
+    std::array<double, 3> scale{};
+    for (const Box<T>& box : unsorted) {
+      for (int axis = 0; axis < 3; ++axis) {
+        scale[axis] = std::max(scale[axis], box.extent(axis));
+      }
+    }
+    for (double& factor : scale) {
+      factor = (1 - 1e-9) / std::max(factor, 1e-300);
+    }
     std::array<std::array<uint8_t, 2048>, 3> number{};
     for (const Box<T>& box : unsorted) {
       for (int axis = 0; axis < 3; ++axis) {
-        number[axis][exponent(box.extent(axis))] = 1;
+        number[axis][exponent(box.extent(axis) * scale[axis])] = 1;
       }
     }
     for (int axis = 0; axis < 3; ++axis) {
@@ -154,7 +164,7 @@ class BoxGrid {
       int numbers = 0;
       for (int axis = 0; axis < 3; ++axis) {
         extents[axis] = box.extent(axis);
-        numbers = numbers * kClassesPerAxis + number[axis][exponent(extents[axis])];
+        numbers = numbers * kClassesPerAxis + number[axis][exponent(extents[axis] * scale[axis])];
       }
       int& size_class = class_of_numbers[numbers];
       if (size_class < 0) {
