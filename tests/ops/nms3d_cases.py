@@ -1,4 +1,4 @@
-"""Boxes for the tests of the CUDA kernels of non-maximum suppression, in groups and without."""
+"""Boxes for the tests of non-maximum suppression on every device, in groups and without."""
 
 import naive_oracle
 import pytest

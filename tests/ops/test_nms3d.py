@@ -2,28 +2,17 @@ import naive_oracle
 import pytest
 import torch
 from monai.data.box_utils import non_max_suppression
+from nms3d_cases import crowd
 
 from seg3d_monai.ops import batched_nms3d, nms3d
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def make_boxes(count, seed=0, spread=(10.0, 30.0, 40.0)):
-    """Crowded boxes of anisotropic extents, a tenth of them empty or inverted, with tied scores and four groups."""
-    generator = torch.Generator().manual_seed(seed)
-    low = torch.rand(count, 3, generator=generator) * torch.tensor(spread)
-    extent = torch.tensor([2.0, 6.0, 8.0]) * (0.3 + torch.rand(count, 3, generator=generator))
-    extent[::10, 1] = 0.0
-    extent[5::20, 2] = -1.0
-    scores = torch.randint(0, max(count // 3, 1), (count,), generator=generator) / 100.0
-    group = torch.randint(0, 4, (count,), generator=generator)
-    return torch.cat([low, low + extent], 1), scores, group
-
-
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_equals_the_naive_loop(dtype, threshold):
-    boxes, scores, group = make_boxes(150)
+    boxes, scores, group = crowd(150)
     boxes, scores = boxes.to(dtype), scores.to(dtype)
     assert nms3d(boxes, scores, threshold).tolist() == naive_oracle.nms(boxes, scores, [0] * 150, threshold)
     assert batched_nms3d(boxes, scores, group, threshold).tolist() == naive_oracle.nms(
@@ -32,7 +21,7 @@ def test_equals_the_naive_loop(dtype, threshold):
 
 
 def test_more_boxes_than_one_block_of_the_reference():
-    boxes, scores, group = make_boxes(1100, seed=4, spread=(20.0, 40.0, 60.0))
+    boxes, scores, group = crowd(1100, seed=4, spread=(20.0, 40.0, 60.0))
     assert batched_nms3d(boxes, scores, group, 0.2).tolist() == naive_oracle.nms(boxes, scores, group.tolist(), 0.2)
 
 
@@ -88,7 +77,7 @@ def test_large_coordinates_keep_their_precision():
 
 
 def test_one_long_box_among_short_ones():
-    boxes, scores, _ = make_boxes(120, seed=8)
+    boxes, scores, _ = crowd(120, seed=8)
     boxes[60] = torch.tensor([0.0, 0.0, -500.0, 12.0, 36.0, 500.0])
     for score in (0.0, 100.0):
         scores[60] = score
@@ -193,7 +182,7 @@ def test_a_chain_through_all_boxes(kernels, axis, rising):
 
 
 def test_copies_of_a_scene_far_apart_do_not_see_each_other(kernels):
-    boxes, _, _ = make_boxes(100, seed=3)
+    boxes, _, _ = crowd(100, seed=3)
     boxes = boxes.mul(64).round().div(64).double()  # so that moving them by integers is exact
     generator = torch.Generator().manual_seed(5)
     num_deep = 3 if kernels == "compiled" else 1  # 6,000 boxes are enough for several threads
@@ -243,7 +232,7 @@ def test_zero_and_one_box():
 
 
 def test_groups_are_independent_and_come_out_together_by_score():
-    boxes, scores, group = make_boxes(200, seed=2)
+    boxes, scores, group = crowd(200, seed=2)
     group = (group - 2) * 2**40  # large and negative ids
     kept = batched_nms3d(boxes, scores, group, 0.2)
     separate = []
@@ -255,7 +244,7 @@ def test_groups_are_independent_and_come_out_together_by_score():
 
 
 def test_equals_monai():
-    boxes, _, _ = make_boxes(60, seed=6)
+    boxes, _, _ = crowd(60, seed=6)
     boxes = torch.cat([boxes[:, :3], torch.maximum(boxes[:, 3:], boxes[:, :3] + 0.5)], 1)
     scores = torch.rand(60, generator=torch.Generator().manual_seed(1))
     for threshold in (0.05, 0.3, 0.7):
@@ -264,7 +253,7 @@ def test_equals_monai():
 
 
 def test_strided_inputs():
-    boxes, scores, group = make_boxes(80)
+    boxes, scores, group = crowd(80)
     wide_boxes, wide_scores = torch.stack([boxes, boxes], 2)[..., 0], torch.stack([scores, scores], 1)[:, 0]
     wide_group = torch.stack([group, group], 1)[:, 0]
     expected = batched_nms3d(boxes, scores, group, 0.3)
@@ -273,7 +262,7 @@ def test_strided_inputs():
 
 
 def test_inputs_that_require_gradients_are_taken_as_values():
-    boxes, scores, _ = make_boxes(20)
+    boxes, scores, _ = crowd(20)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kept = nms3d(boxes.clone().requires_grad_(), scores.clone().requires_grad_(), 0.3)
     assert torch.equal(kept, nms3d(boxes, scores, 0.3))
@@ -281,13 +270,13 @@ def test_inputs_that_require_gradients_are_taken_as_values():
 
 
 def test_the_operators_pass_torchs_own_checks():
-    boxes, scores, group = make_boxes(12)
+    boxes, scores, group = crowd(12)
     torch.library.opcheck(torch.ops.seg3d.nms3d.default, (boxes, scores, 0.3))
     torch.library.opcheck(torch.ops.seg3d.batched_nms3d.default, (boxes, scores, group, 0.3))
 
 
 def test_compiles_without_a_graph_break():
-    boxes, scores, group = make_boxes(40)
+    boxes, scores, group = crowd(40)
 
     def kept_boxes(boxes, scores, group):
         return boxes[batched_nms3d(boxes, scores, group, 0.3)] + 1

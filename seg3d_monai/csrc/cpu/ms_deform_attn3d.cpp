@@ -24,6 +24,7 @@
 #include "cpu/deform_walk.h"
 #include "cpu/huge_pages.h"
 #include "cpu/lanes.h"
+#include "dispatch.h"
 
 namespace seg3d {
 namespace {
@@ -346,22 +347,6 @@ AttendSizes checked_sizes(const Tensor& value, const Tensor& shapes, const Tenso
   return sizes;
 }
 
-template <typename Function>
-void dispatch(ScalarType dtype, Function function) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return function(double{});
-    case ScalarType::Float:
-      return function(float{});
-    case ScalarType::BFloat16:
-      return function(c10::BFloat16{});
-    case ScalarType::Half:
-      return function(c10::Half{});
-    default:
-      STD_TORCH_CHECK(false, "ms_deform_attn3d: value must be float64, float32, bfloat16 or float16");
-  }
-}
-
 Tensor ms_deform_attn3d(const Tensor& value, const Tensor& spatial_shapes, const Tensor& sampling_locations,
                         const Tensor& attention_weights) {
   const AttendSizes sizes = checked_sizes(value, spatial_shapes, sampling_locations, attention_weights);
@@ -369,7 +354,8 @@ Tensor ms_deform_attn3d(const Tensor& value, const Tensor& spatial_shapes, const
   const Tensor attention = torch::stable::contiguous(attention_weights);
   Tensor output = torch::stable::new_empty(value, {sizes.batch, sizes.queries, sizes.row_stride()});
   advise_huge_pages(output);
-  dispatch(value.scalar_type(), [&](auto zero) { forward<decltype(zero)>(rows, locations, attention, sizes, output); });
+  dispatch_floating(value.scalar_type(), "ms_deform_attn3d: value",
+                    [&](auto zero) { forward<decltype(zero)>(rows, locations, attention, sizes, output); });
   return output;
 }
 
@@ -390,7 +376,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn3d_backward(const Tensor& grad,
   Tensor grad_attention = torch::stable::empty_like(attention);
   advise_huge_pages(grad_locations);
   advise_huge_pages(grad_attention);
-  dispatch(value.scalar_type(), [&](auto zero) {
+  dispatch_floating(value.scalar_type(), "ms_deform_attn3d: value", [&](auto zero) {
     using scalar_t = decltype(zero);
     backward_value<scalar_t>(grads, locations, attention, sizes, grad_value);
     backward_samples<scalar_t>(grads, rows, locations, attention, sizes, grad_locations, grad_attention);

@@ -22,6 +22,7 @@
 #include "cpu/lanes.h"
 #include "cpu/resample.h"
 #include "cpu/roi_axes.h"
+#include "dispatch.h"
 
 namespace seg3d {
 namespace {
@@ -376,26 +377,14 @@ void check_arguments(const Tensor& volumes, const Tensor& boxes, const Tensor& b
 // Call function(zero of the dtype, channels that are pooled together): a vector of them, unless they are few.
 template <typename Function>
 void dispatch(ScalarType dtype, int64_t channels, Function function) {
-  const auto with_lanes = [&](auto zero) {
+  dispatch_floating(dtype, "roi_align3d: features", [&](auto zero) {
     constexpr int64_t lanes = num_lanes<accumulate_t<decltype(zero)>>;
     if (channels < lanes / 4) {
       function(zero, std::integral_constant<int64_t, 1>{});
     } else {
       function(zero, std::integral_constant<int64_t, lanes>{});
     }
-  };
-  switch (dtype) {
-    case ScalarType::Double:
-      return with_lanes(double{});
-    case ScalarType::Float:
-      return with_lanes(float{});
-    case ScalarType::BFloat16:
-      return with_lanes(c10::BFloat16{});
-    case ScalarType::Half:
-      return with_lanes(c10::Half{});
-    default:
-      STD_TORCH_CHECK(false, "roi_align3d: features must be float64, float32, bfloat16 or float16");
-  }
+  });
 }
 
 // The tensor itself where the kernels can read it, else a contiguous copy.

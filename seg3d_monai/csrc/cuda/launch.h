@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "channels_last.h"
+#include "dispatch.h"
 
 namespace seg3d {
 
@@ -65,22 +66,6 @@ const scalar_t* data(const Tensor& tensor) {
 template <typename scalar_t>
 scalar_t* mutable_data(const Tensor& tensor) {
   return static_cast<scalar_t*>(tensor.mutable_data_ptr());
-}
-
-template <typename Function>
-void dispatch_floating(ScalarType dtype, const char* what, Function function) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return function(double{});
-    case ScalarType::Float:
-      return function(float{});
-    case ScalarType::BFloat16:
-      return function(c10::BFloat16{});
-    case ScalarType::Half:
-      return function(c10::Half{});
-    default:
-      STD_TORCH_CHECK(false, what, " must be float64, float32, bfloat16 or float16");
-  }
 }
 
 }  // namespace seg3d
