@@ -9,6 +9,7 @@ from nms3d_cases import CASES, kept, nms_cases
 from roi_align3d_cases import BOXES, IMAGES, SIZE, Pooling, poolings, tolerance
 
 import seg3d_monai.ops  # noqa: F401  loads the operators
+from seg3d_monai.ops.loading import load_cuda_operators
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -32,6 +33,7 @@ def roi_align_backward(pooling, grad, boxes, channels_last, images=IMAGES):
 )
 def test_the_kernels_under_test_are_compiled_ones(name):
     if shutil.which("nvcc"):
+        assert load_cuda_operators().path == "compiled"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"seg3d::{name}", "CUDA")
 
 
