@@ -34,6 +34,7 @@ struct VecOf<double> {
 };
 template <typename acc_t>
 using Vec = typename VecOf<acc_t>::type;
+typedef int64_t Offsets __attribute__((vector_size(64)));
 
 template <typename acc_t>
 inline constexpr int64_t num_lanes = 64 / sizeof(acc_t);
@@ -56,6 +57,19 @@ class AlignedBuffer {
   };
   std::vector<Line> lines_;
 };
+
+// The lanes part * 8 .. part * 8 + 7 of an index vector, as offsets of 64 bits.
+template <typename index_t>
+inline Offsets widen(const index_t& index, int64_t part) {
+  if constexpr (sizeof(index[0]) == 8) {
+    return (Offsets)index;
+  } else {
+    typedef int32_t Narrow __attribute__((vector_size(32)));
+    Narrow narrow;
+    std::memcpy(&narrow, reinterpret_cast<const std::byte*>(&index) + part * sizeof(narrow), sizeof(narrow));
+    return __builtin_convertvector(narrow, Offsets);
+  }
+}
 
 template <typename acc_t, typename scalar_t>
 inline Vec<acc_t> load_lanes(const scalar_t* source) {
@@ -91,16 +105,20 @@ inline Vec<acc_t> load_some_lanes(const scalar_t* source, int64_t count) {
   return lanes;
 }
 
+// float32 as bfloat16 in the upper halves: to the nearest, ties to even; a NaN stays one.
+inline auto bfloat16_bits(Vec<float> lanes) {
+  typedef uint32_t Wide __attribute__((vector_size(64)));
+  const Wide bits = (Wide)lanes;
+  const Wide rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
+  const Wide is_number = (Wide)(lanes == lanes);
+  return (rounded & is_number) | (0x7fc00000u & ~is_number);
+}
+
 template <typename acc_t, typename scalar_t>
 inline void store_lanes(scalar_t* target, Vec<acc_t> lanes) {
   if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
-    // To the nearest, ties to even; a NaN stays one.
     typedef uint16_t Narrow __attribute__((vector_size(32)));
-    typedef uint32_t Wide __attribute__((vector_size(64)));
-    const Wide bits = (Wide)lanes;
-    const Wide rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
-    const Wide is_number = (Wide)(lanes == lanes);
-    const Narrow narrow = __builtin_convertvector((rounded & is_number) | (0x7fc0u & ~is_number), Narrow);
+    const Narrow narrow = __builtin_convertvector(bfloat16_bits(lanes) >> 16, Narrow);
     std::memcpy(target, &narrow, sizeof(narrow));
   } else if constexpr (std::is_same_v<scalar_t, acc_t>) {
     std::memcpy(target, &lanes, sizeof(lanes));
@@ -119,6 +137,34 @@ inline void store_some_lanes(scalar_t* target, Vec<acc_t> lanes, int64_t count) 
   }
   for (int64_t i = 0; i < count; ++i) {
     target[i] = static_cast<scalar_t>(lanes[i]);
+  }
+}
+
+// Load 2 * num_lanes neighbouring values: in their order, except that bfloat16 gives the even ones, then the odd ones,
+// which takes one instruction each. `store_pair` is the inverse.
+template <typename acc_t, typename scalar_t>
+inline void load_pair(const scalar_t* source, Vec<acc_t>& first, Vec<acc_t>& second) {
+  if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+    typedef uint32_t Wide __attribute__((vector_size(64)));
+    Wide both;
+    std::memcpy(&both, source, sizeof(both));
+    first = (Vec<acc_t>)(both << 16);
+    second = (Vec<acc_t>)(both & 0xffff0000u);
+  } else {
+    first = load_lanes<acc_t>(source);
+    second = load_lanes<acc_t>(source + num_lanes<acc_t>);
+  }
+}
+
+template <typename acc_t, typename scalar_t>
+inline void store_pair(scalar_t* target, Vec<acc_t> first, Vec<acc_t> second) {
+  if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+    typedef uint32_t Wide __attribute__((vector_size(64)));
+    const Wide both = (bfloat16_bits(first) >> 16) | (bfloat16_bits(second) & 0xffff0000u);
+    std::memcpy(target, &both, sizeof(both));
+  } else {
+    store_lanes<acc_t>(target, first);
+    store_lanes<acc_t>(target + num_lanes<acc_t>, second);
   }
 }
 

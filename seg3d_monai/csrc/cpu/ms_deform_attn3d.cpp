@@ -8,8 +8,9 @@
 //
 // Cost: N Lq M L P 8 Dh sums forward, three times as many with the backward pass. What limits it is the memory: rows
 // are read in no order, and the heads of a row lie side by side, so the rows of a head lie far apart and use a fraction
-// of the cache's sets. So a head is worked off level by level, a large level slab by slab, and the rows of a slab
-// are first copied side by side into a buffer that fits into the second-level cache (deform_walk.h).
+// of the cache's sets. So heads are worked off one after the other: the levels that fit into the second-level cache
+// together, then larger ones slab by slab, and their rows are first copied side by side (deform_walk.h). A corner that
+// is outside reads a row of zeros, or adds to a row that nobody reads, so no sample has a branch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -35,7 +36,7 @@ using torch::stable::Tensor;
 // Call visit(first channel, number of vectors as a constant, channels in the last of them) until all are visited.
 template <typename acc_t, typename Visit>
 inline void for_channel_blocks(int64_t channels, Visit visit) {
-  constexpr int64_t lanes = num_lanes<acc_t>;
+  constexpr std::integral_constant<int64_t, num_lanes<acc_t>> lanes{};
   int64_t begin = 0;
   for (; channels - begin >= 4 * lanes; begin += 4 * lanes) {
     visit(begin, std::integral_constant<int64_t, 4>{}, lanes);
@@ -43,37 +44,80 @@ inline void for_channel_blocks(int64_t channels, Visit visit) {
   for (; channels - begin >= 2 * lanes; begin += 2 * lanes) {
     visit(begin, std::integral_constant<int64_t, 2>{}, lanes);
   }
-  for (; begin < channels; begin += lanes) {
-    visit(begin, std::integral_constant<int64_t, 1>{}, std::min(channels - begin, lanes));
+  for (; channels - begin >= lanes; begin += lanes) {
+    visit(begin, std::integral_constant<int64_t, 1>{}, lanes);
   }
+  if (begin < channels) {
+    visit(begin, std::integral_constant<int64_t, 1>{}, channels - begin);
+  }
+}
+
+// The vectors of such a block, in the order that its storage type gives them (load_pair).
+template <typename acc_t, int64_t vectors, typename scalar_t, typename Count>
+inline void load_block(const scalar_t* source, Count last, Vec<acc_t> (&block)[vectors]) {
+  if constexpr (vectors == 1) {
+    block[0] = load_some_lanes<acc_t>(source, last);
+  } else {
+    for (int64_t v = 0; v < vectors; v += 2) {
+      load_pair<acc_t>(source + v * num_lanes<acc_t>, block[v], block[v + 1]);
+    }
+  }
+}
+
+template <typename acc_t, int64_t vectors, typename scalar_t, typename Count>
+inline void store_block(scalar_t* target, Count last, const Vec<acc_t> (&block)[vectors]) {
+  if constexpr (vectors == 1) {
+    store_some_lanes<acc_t>(target, block[0], last);
+  } else {
+    for (int64_t v = 0; v < vectors; v += 2) {
+      store_pair<acc_t>(target + v * num_lanes<acc_t>, block[v], block[v + 1]);
+    }
+  }
+}
+
+// Round a row of sums, whose blocks are in the order of scalar_t, to their storage type.
+template <typename acc_t, typename scalar_t>
+inline void round_row(const acc_t* sums, int64_t channels, scalar_t* target) {
+  for_channel_blocks<acc_t>(channels, [&](int64_t channel, auto vectors, auto last) {
+    Vec<acc_t> block[vectors.value];
+    load_block<acc_t>(sums + channel, last, block);
+    store_block<acc_t>(target + channel, last, block);
+  });
 }
 
 // The rows of slabs of one head's value, copied side by side where that pays.
 template <typename scalar_t>
 class SlabReader {
  public:
-  SlabReader(const scalar_t* value, const AttendSizes& sizes) : value_(value), sizes_(sizes) {}
+  SlabReader(const scalar_t* value, const AttendSizes& sizes, int64_t num_dense_rows)
+      : value_(value), sizes_(sizes), zeros_(sizes.channels, scalar_t(0)) {
+    dense_.reserve(num_dense_rows * sizes.channels);
+  }
 
   SlabRows begin(const HeadPlace& place, const Slab& slab) {
     constexpr int64_t bytes = sizeof(scalar_t);
     const int64_t stride = sizes_.row_stride(), channels = sizes_.channels;
     const scalar_t* rows = value_ + place.first_row_channel(sizes_);
+    const int64_t outside = reinterpret_cast<int64_t>(zeros_.data());
     if (!slab.is_dense) {
-      return {reinterpret_cast<int64_t>(rows + slab.level->start * stride), stride * bytes, false};
+      return {reinterpret_cast<int64_t>(rows + slab.level->start * stride), stride * bytes, outside, false};
     }
-    scalar_t* dense = dense_.reserve(slab.num_rows() * channels);
+    scalar_t* dense = dense_.reserve(0) + slab.first_row * channels;
     slab.for_each_run([&](int64_t from, int64_t to, int64_t count) {
+      const scalar_t* source = rows + from * stride;
       for (int64_t row = 0; row < count; ++row) {
-        std::copy_n(rows + (from + row) * stride, channels, dense + (to + row) * channels);
+        __builtin_prefetch(source + (row + 16) * stride);
+        std::copy_n(source + row * stride, channels, dense + (to + row) * channels);
       }
     });
-    return {reinterpret_cast<int64_t>(dense), channels * bytes, true};
+    return {reinterpret_cast<int64_t>(dense), channels * bytes, outside, true};
   }
 
  private:
   const scalar_t* value_;
   const AttendSizes& sizes_;
   AlignedBuffer<scalar_t> dense_;
+  std::vector<scalar_t> zeros_;
 };
 
 // Call visit(place, first query, last query) for each head that has queries among the items begin .. end, which count
@@ -92,7 +136,6 @@ template <typename scalar_t>
 void forward(const Tensor& value, const Tensor& locations, const Tensor& attention, const AttendSizes& sizes,
              Tensor& output) {
   using acc_t = accumulate_t<scalar_t>;
-  constexpr int64_t lanes = num_lanes<acc_t>;
   constexpr bool is_exact = std::is_same_v<scalar_t, acc_t>;
   const DeformInputs<acc_t> inputs{locations.const_data_ptr<acc_t>(), attention.const_data_ptr<acc_t>(),
                                    output.const_data_ptr(), sizes.channels * static_cast<int64_t>(sizeof(scalar_t))};
@@ -100,7 +143,7 @@ void forward(const Tensor& value, const Tensor& locations, const Tensor& attenti
   scalar_t* out = output.mutable_data_ptr<scalar_t>();
   torch::stable::parallel_for(0, sizes.num_heads() * sizes.queries, 64, [&](int64_t begin, int64_t end) {
     DeformWalk<acc_t> walk(sizes, sizes.channels * sizeof(scalar_t));
-    SlabReader<scalar_t> reader(values, sizes);
+    SlabReader<scalar_t> reader(values, sizes, walk.num_dense_rows());
     std::vector<acc_t> sums;  // half types are rounded once
     for_heads(begin, end, sizes, [&](const HeadPlace& place, int64_t first_query, int64_t last_query) {
       const auto output_row = [&](int64_t query) { return out + place.first_output(query, sizes); };
@@ -119,31 +162,32 @@ void forward(const Tensor& value, const Tensor& locations, const Tensor& attenti
       walk.run(
           inputs, place, first_query, last_query, [&](const Slab& slab) { return reader.begin(place, slab); },
           [&](const SampleBlock<acc_t>& block) {
-            for_channel_blocks<acc_t>(sizes.channels, [&](int64_t channel, auto vectors, int64_t last) {
-              block.for_each_sample([&](int64_t query, auto for_each_corner) {
-                acc_t* target = sum + (query - first_query) * sum_stride + channel;
-                Vec<acc_t> sum_lanes[vectors.value];
-                for (int64_t v = 0; v < vectors.value; ++v) {
-                  sum_lanes[v] = load_some_lanes<acc_t>(target + v * lanes, last);
-                }
-                for_each_corner([&](int64_t address, acc_t weight) {
-                  const scalar_t* row = reinterpret_cast<const scalar_t*>(address) + channel;
+            for_channel_blocks<acc_t>(sizes.channels, [&](int64_t channel, auto vectors, auto last) {
+              for (int64_t i = 0; i < block.count(); ++i) {
+                // Two sums, so that the corners do not wait for each other.
+                Vec<acc_t> parts[2][vectors.value] = {};
+#pragma GCC unroll 8
+                for (int64_t c = 0; c < kCorners; ++c) {
+                  Vec<acc_t> row[vectors.value];
+                  load_block<acc_t>(reinterpret_cast<const scalar_t*>(block.address(c, i)) + channel, last, row);
                   for (int64_t v = 0; v < vectors.value; ++v) {
-                    sum_lanes[v] += weight * load_some_lanes<acc_t>(row + v * lanes, last);
+                    parts[c & 1][v] += block.product(c, i) * row[v];
                   }
-                });
-                for (int64_t v = 0; v < vectors.value; ++v) {
-                  store_some_lanes<acc_t>(target + v * lanes, sum_lanes[v], last);
                 }
-              });
+                acc_t* target = sum + (block.query(i) - first_query) * sum_stride + channel;
+                Vec<acc_t> before[vectors.value];
+                load_block<acc_t>(target, last, before);
+                for (int64_t v = 0; v < vectors.value; ++v) {
+                  before[v] += parts[0][v] + parts[1][v];
+                }
+                store_block<acc_t>(target, last, before);
+              }
             });
           },
           [](const Slab&) {});
       if constexpr (!is_exact) {
         for (int64_t query = first_query; query < last_query; ++query) {
-          const acc_t* row = sum + (query - first_query) * sum_stride;
-          std::transform(row, row + sizes.channels, output_row(query),
-                         [](acc_t number) { return static_cast<scalar_t>(number); });
+          round_row(sum + (query - first_query) * sum_stride, sizes.channels, output_row(query));
         }
       }
     });
@@ -164,7 +208,7 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
   acc_t* grad_share = grad_attention.mutable_data_ptr<acc_t>();
   torch::stable::parallel_for(0, sizes.num_heads() * sizes.queries, 64, [&](int64_t begin, int64_t end) {
     DeformWalk<acc_t> walk(sizes, sizes.channels * sizeof(scalar_t));
-    SlabReader<scalar_t> reader(values, sizes);
+    SlabReader<scalar_t> reader(values, sizes, walk.num_dense_rows());
     AlignedBuffer<Vec<acc_t>> buffer;
     Vec<acc_t>* const squares = buffer.reserve(kCorners * lanes);
     for_heads(begin, end, sizes, [&](const HeadPlace& place, int64_t first_query, int64_t last_query) {
@@ -172,20 +216,17 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
           inputs, place, first_query, last_query, [&](const Slab& slab) { return reader.begin(place, slab); },
           [&](const SampleBlock<acc_t>& block) {
             Vec<acc_t> products[kCorners] = {};
-            for_channel_blocks<acc_t>(sizes.channels, [&](int64_t channel, auto vectors, int64_t last) {
+            for_channel_blocks<acc_t>(sizes.channels, [&](int64_t channel, auto vectors, auto last) {
               for (int64_t i = 0; i < lanes; ++i) {
-                const scalar_t* grad_row = grads + place.first_output(block.query(i), sizes) + channel;
-                Vec<acc_t> grad_lanes[vectors.value];
-                for (int64_t v = 0; v < vectors.value; ++v) {
-                  grad_lanes[v] = load_some_lanes<acc_t>(grad_row + v * lanes, last);
-                }
-                // Row i of square c holds the lanes of the product at corner c. A corner that is outside reads some
-                // row, and forgets it below.
+                Vec<acc_t> grad_block[vectors.value];
+                load_block<acc_t>(grads + place.first_output(block.query(i), sizes) + channel, last, grad_block);
+                // Row i of square c holds the lanes of the product at corner c.
                 for (int64_t c = 0; c < kCorners; ++c) {
-                  const scalar_t* row = reinterpret_cast<const scalar_t*>(block.address(c, i)) + channel;
-                  Vec<acc_t> product = grad_lanes[0] * load_some_lanes<acc_t>(row, last);
+                  Vec<acc_t> row[vectors.value];
+                  load_block<acc_t>(reinterpret_cast<const scalar_t*>(block.address(c, i)) + channel, last, row);
+                  Vec<acc_t> product = grad_block[0] * row[0];
                   for (int64_t v = 1; v < vectors.value; ++v) {
-                    product += grad_lanes[v] * load_some_lanes<acc_t>(row + v * lanes, last);
+                    product += grad_block[v] * row[v];
                   }
                   squares[c * lanes + i] = product;
                 }
@@ -196,7 +237,7 @@ void backward_samples(const Tensor& grad, const Tensor& value, const Tensor& loc
             });
             Vec<acc_t> of_share = {}, of_position[3] = {};
             for (int64_t c = 0; c < kCorners; ++c) {
-              const Vec<acc_t> product = block.is_inside(c) ? products[c] : Vec<acc_t>{};
+              const Vec<acc_t> product = products[c];
               const Vec<acc_t> z = block.weight(0, c >> 2), y = block.weight(1, c >> 1 & 1), x = block.weight(2, c & 1);
               of_share += product * (z * y * x);
               of_position[0] += (c & 4 ? product : -product) * (y * x);
@@ -223,6 +264,7 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
                     Tensor& grad_value) {
   using acc_t = accumulate_t<scalar_t>;
   constexpr int64_t lanes = num_lanes<acc_t>;
+  constexpr bool is_exact = std::is_same_v<scalar_t, acc_t>;
   const DeformInputs<acc_t> inputs{locations.const_data_ptr<acc_t>(), attention.const_data_ptr<acc_t>(),
                                    grad.const_data_ptr(), sizes.channels * static_cast<int64_t>(sizeof(scalar_t))};
   const scalar_t* grads = grad.const_data_ptr<scalar_t>();
@@ -232,8 +274,12 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
   const int64_t num_parts = std::min((num_threads + num_heads - 1) / num_heads, num_vectors);
   const int64_t part = (num_vectors + num_parts - 1) / num_parts * lanes;  // channels of a part
   torch::stable::parallel_for(0, sizes.num_heads() * num_parts, 1, [&](int64_t begin, int64_t end) {
-    DeformWalk<acc_t> walk(sizes, sizes.channels * sizeof(acc_t));
-    AlignedBuffer<acc_t> dense;
+    DeformWalk<acc_t> walk(sizes, part * sizeof(acc_t));
+    // Half types are rounded once, at the end: all sums of the head are kept.
+    AlignedBuffer<acc_t> buffer;
+    acc_t* const sums = buffer.reserve((is_exact ? walk.num_dense_rows() : sizes.rows) * part);
+    std::vector<acc_t> anywhere(part);  // what falls outside
+    const int64_t outside = reinterpret_cast<int64_t>(anywhere.data());
     for (int64_t unit = begin; unit < end; ++unit) {
       const HeadPlace place{unit / num_parts / sizes.heads, unit / num_parts % sizes.heads};
       const int64_t first = unit % num_parts * part, channels = std::min(part, sizes.channels - first);
@@ -241,65 +287,66 @@ void backward_value(const Tensor& grad, const Tensor& locations, const Tensor& a
         continue;
       }
       scalar_t* const target = out + place.first_row_channel(sizes) + first;
-      acc_t* sums = nullptr;
-      // Half types are rounded once, after the last slab: their sums are those of a whole level.
       const auto begin_slab = [&](const Slab& slab) -> SlabRows {
         constexpr int64_t bytes = sizeof(acc_t);
-        const Level& level = *slab.level;
-        if constexpr (!std::is_same_v<scalar_t, acc_t>) {
-          sums = dense.reserve(level.num_rows() * part);
-          if (slab.is_first) {
-            std::fill_n(sums, level.num_rows() * part, acc_t(0));
-          }
-          return {reinterpret_cast<int64_t>(sums), part * bytes, false};
+        if constexpr (!is_exact) {
+          return {reinterpret_cast<int64_t>(sums + slab.level->start * part), part * bytes, outside, false};
         } else if (slab.is_dense) {
-          sums = dense.reserve(slab.num_rows() * part);
-          std::fill_n(sums, slab.num_rows() * part, acc_t(0));
-          return {reinterpret_cast<int64_t>(sums), part * bytes, true};
+          acc_t* dense = sums + slab.first_row * part;
+          std::fill_n(dense, slab.num_rows() * part, acc_t(0));
+          return {reinterpret_cast<int64_t>(dense), part * bytes, outside, true};
         } else {
-          return {reinterpret_cast<int64_t>(target + level.start * sizes.row_stride()), sizes.row_stride() * bytes,
-                  false};
+          return {reinterpret_cast<int64_t>(target + slab.level->start * sizes.row_stride()),
+                  sizes.row_stride() * bytes, outside, false};
         }
       };
       const auto end_slab = [&](const Slab& slab) {
-        if constexpr (!std::is_same_v<scalar_t, acc_t>) {
-          for (int64_t row = 0; slab.is_last && row < slab.level->num_rows(); ++row) {
-            for (int64_t c = 0; c < channels; ++c) {
-              target[(slab.level->start + row) * sizes.row_stride() + c] = static_cast<scalar_t>(sums[row * part + c]);
-            }
+        if constexpr (is_exact) {
+          if (!slab.is_dense) {
+            return;
           }
-        } else if (slab.is_dense) {
           slab.for_each_run([&](int64_t to, int64_t from, int64_t count) {
             for (int64_t row = 0; row < count; ++row) {
               acc_t* target_row = target + (to + row) * sizes.row_stride();
+              const acc_t* dense_row = sums + (slab.first_row + from + row) * part;
+              __builtin_prefetch(target_row + 16 * sizes.row_stride());
               for (int64_t c = 0; c < channels; ++c) {
-                target_row[c] += sums[(from + row) * part + c];
+                target_row[c] += dense_row[c];
               }
             }
           });
         }
       };
+      if constexpr (!is_exact) {
+        std::fill_n(sums, sizes.rows * part, acc_t(0));
+      }
       walk.run(
           inputs, place, 0, sizes.queries, begin_slab,
           [&](const SampleBlock<acc_t>& block) {
-            for_channel_blocks<acc_t>(channels, [&](int64_t channel, auto vectors, int64_t last) {
-              block.for_each_sample([&](int64_t query, auto for_each_corner) {
-                const scalar_t* grad_row = grads + place.first_output(query, sizes) + first + channel;
-                Vec<acc_t> grad_lanes[vectors.value];
-                for (int64_t v = 0; v < vectors.value; ++v) {
-                  grad_lanes[v] = load_some_lanes<acc_t>(grad_row + v * lanes, last);
-                }
-                for_each_corner([&](int64_t address, acc_t weight) {
-                  acc_t* row = reinterpret_cast<acc_t*>(address) + channel;
+            for_channel_blocks<acc_t>(channels, [&](int64_t channel, auto vectors, auto last) {
+              for (int64_t i = 0; i < block.count(); ++i) {
+                Vec<acc_t> grad_block[vectors.value];
+                load_block<acc_t>(grads + place.first_output(block.query(i), sizes) + first + channel, last,
+                                  grad_block);
+#pragma GCC unroll 8
+                for (int64_t c = 0; c < kCorners; ++c) {
+                  acc_t* row = reinterpret_cast<acc_t*>(block.address(c, i)) + channel;
+                  Vec<acc_t> before[vectors.value];
+                  load_block<acc_t>(row, last, before);
                   for (int64_t v = 0; v < vectors.value; ++v) {
-                    const Vec<acc_t> before = load_some_lanes<acc_t>(row + v * lanes, last);
-                    store_some_lanes<acc_t>(row + v * lanes, before + weight * grad_lanes[v], last);
+                    before[v] += block.product(c, i) * grad_block[v];
                   }
-                });
-              });
+                  store_block<acc_t>(row, last, before);
+                }
+              }
             });
           },
           end_slab);
+      if constexpr (!is_exact) {
+        for (int64_t row = 0; row < sizes.rows; ++row) {
+          round_row(sums + row * part, channels, target + row * sizes.row_stride());
+        }
+      }
     }
   });
 }
