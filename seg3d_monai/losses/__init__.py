@@ -2,5 +2,6 @@
 
 from seg3d_monai.losses.mask_rcnn import MaskRCNNCriterion
 from seg3d_monai.losses.mask_targets import mask_targets
+from seg3d_monai.losses.set_criterion import SetCriterion
 
-__all__ = ["MaskRCNNCriterion", "mask_targets"]
+__all__ = ["MaskRCNNCriterion", "SetCriterion", "mask_targets"]

@@ -58,3 +58,39 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     volume = (boxes[:, 3:] - boxes[:, :3]).clamp(min=0).prod(1)[:, None]
     other_volume = (others[:, 3:] - others[:, :3]).clamp(min=0).prod(1)[None]
     return shared / (volume + other_volume - shared).clamp(min=torch.finfo(shared.dtype).tiny)
+
+
+def centre_extent(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """Centres and extents [..., 6] of boxes [..., 6] as shares of a volume of `size` (D, H, W), as in DETR's loss."""
+    lower, upper = boxes[..., :3], boxes[..., 3:]
+    return torch.cat([(lower + upper) / 2, upper - lower], -1) / boxes.new_tensor([*size, *size])
+
+
+def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised IoU [M, G] in [-1, 1] of boxes [M, 6] and others [G, 6] (Rezatofighi et al. 2019), at least float32.
+
+    One axis at a time: no [M, G, 3] temporary. An empty box has IoU 0; an empty hull takes nothing off.
+    """
+    return _giou(boxes[:, None], others[None])
+
+
+def paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised IoU [...] in [-1, 1] of boxes [..., 6] and others [..., 6], row by row; differentiable in both."""
+    return _giou(boxes, others)
+
+
+def _giou(boxes: Tensor, others: Tensor) -> Tensor:
+    boxes, others = (b.to(torch.promote_types(b.dtype, torch.float32)) for b in (boxes, others))
+    one = boxes.new_ones(())
+    shared, hull, volume, other_volume = one, one, one, one
+    for axis in range(3):
+        lower, other_lower = boxes[..., axis], others[..., axis]
+        upper, other_upper = boxes[..., axis + 3], others[..., axis + 3]
+        inner = torch.minimum(upper, other_upper) - torch.maximum(lower, other_lower)
+        outer = torch.maximum(upper, other_upper) - torch.minimum(lower, other_lower)
+        shared, hull = shared * inner.clamp(min=0), hull * outer.clamp(min=0)
+        volume = volume * (upper - lower).clamp(min=0)
+        other_volume = other_volume * (other_upper - other_lower).clamp(min=0)
+    union = volume + other_volume - shared
+    tiny = torch.finfo(shared.dtype).tiny
+    return shared / union.clamp(min=tiny) - (hull - union).clamp(min=0) / hull.clamp(min=tiny)
