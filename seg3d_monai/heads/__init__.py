@@ -3,7 +3,17 @@
 from seg3d_monai.heads.anchors import AnchorGrid
 from seg3d_monai.heads.box_head import BoxHead, select_detections
 from seg3d_monai.heads.mask_head import MaskHead
+from seg3d_monai.heads.pixel_decoder import DeformablePixelDecoder
 from seg3d_monai.heads.roi_pooler import RoIPooler
 from seg3d_monai.heads.rpn import RPNHead, select_proposals
 
-__all__ = ["AnchorGrid", "BoxHead", "MaskHead", "RPNHead", "RoIPooler", "select_detections", "select_proposals"]
+__all__ = [
+    "AnchorGrid",
+    "BoxHead",
+    "DeformablePixelDecoder",
+    "MaskHead",
+    "RPNHead",
+    "RoIPooler",
+    "select_detections",
+    "select_proposals",
+]

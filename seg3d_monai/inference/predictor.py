@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seg3d_monai.data.intensity import Intensity, measure_intensity
 from seg3d_monai.data.volume import Volume
+from seg3d_monai.inference.crowding import detect
 from seg3d_monai.inference.instances import Instances
 from seg3d_monai.inference.mask_paste import paste_mask
 from seg3d_monai.inference.precision import autocast_dtype
@@ -19,7 +20,9 @@ class InstancePredictor:
     """Callable (block, roi) -> Instances around a network.
 
     Args:
-        network: in evaluation mode images [1, C, D, H, W] -> [{"boxes", "scores", "classes", "mask_logits"}].
+        network: in evaluation mode images [1, C, D, H, W] -> [{"boxes", "scores", "classes", "mask_logits"}]; mask
+            logits are one grid over each box. A block that holds nearly as many instances as its attribute `capacity`,
+            if it has one, is looked at in parts (crowding.py).
         percentiles: of each channel of the whole volume, which are mapped to 0 and 1.
         score_threshold: least score of an instance.
         mask_threshold: probability at which a voxel belongs to an instance.
@@ -106,7 +109,8 @@ class InstancePredictor:
         network = self.network.to(self.device).eval()
         try:
             with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-                found = {key: value.cpu() for key, value in network(image[None])[0].items()}
+                capacity = getattr(network, "capacity", None)
+                found: Any = detect(network, image, capacity=capacity, score_threshold=self.score_threshold)
         finally:
             network.train(was_training)
         boxes, masks, kept = found["boxes"].float(), [], []

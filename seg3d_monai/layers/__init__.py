@@ -1,5 +1,22 @@
 """Building blocks shared by backbones, heads and decoders. Must not know what a detector is."""
 
 from seg3d_monai.layers.conv import ConvNormAct, group_norm
+from seg3d_monai.layers.deformable_attention import DeformableAttention3d
+from seg3d_monai.layers.mlp import MLP
+from seg3d_monai.layers.pixel_decoder_output import PixelDecoderOutput
+from seg3d_monai.layers.position import level_centres, level_positions, sine_positions
+from seg3d_monai.layers.transformer import CrossAttention, FeedForward, SelfAttention
 
-__all__ = ["ConvNormAct", "group_norm"]
+__all__ = [
+    "MLP",
+    "ConvNormAct",
+    "CrossAttention",
+    "DeformableAttention3d",
+    "FeedForward",
+    "PixelDecoderOutput",
+    "SelfAttention",
+    "group_norm",
+    "level_centres",
+    "level_positions",
+    "sine_positions",
+]

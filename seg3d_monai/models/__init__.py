@@ -1,6 +1,17 @@
-"""Detectors: the wiring of backbone, heads and matching, and their named sizes."""
+"""Detectors: the wiring of backbone, heads, decoders and matching, and their named sizes."""
 
 from seg3d_monai.models.builders import maskrcnn3d, maskrcnn3d_r50, maskrcnn3d_r101, maskrcnn3d_tiny
 from seg3d_monai.models.mask_rcnn import MaskRCNN3d
+from seg3d_monai.models.mask_transformer import MaskTransformer3d
+from seg3d_monai.models.mask_transformer_builders import mask2former3d, maskdino3d
 
-__all__ = ["MaskRCNN3d", "maskrcnn3d", "maskrcnn3d_r50", "maskrcnn3d_r101", "maskrcnn3d_tiny"]
+__all__ = [
+    "MaskRCNN3d",
+    "MaskTransformer3d",
+    "mask2former3d",
+    "maskdino3d",
+    "maskrcnn3d",
+    "maskrcnn3d_r50",
+    "maskrcnn3d_r101",
+    "maskrcnn3d_tiny",
+]

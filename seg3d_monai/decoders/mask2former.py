@@ -1,0 +1,264 @@
+"""Decoder of Mask2Former (Cheng et al. 2022) in 3D: queries that look at the memory inside their own last masks only.
+
+Must not know losses, matching or backbones.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seg3d_monai.layers import (
+    MLP,
+    CrossAttention,
+    FeedForward,
+    PixelDecoderOutput,
+    SelfAttention,
+    level_positions,
+    sine_positions,
+)
+
+Axes = tuple[int, int, int]
+
+
+class PredictionHead(nn.Module):
+    """Class logits and mask embeddings of queries, the same after every layer.
+
+    Args:
+        channels: channels of the queries.
+        mask_channels: channels of the mask features.
+        num_classes: foreground classes; one more logit, the last, says "no object".
+    """
+
+    def __init__(self, *, channels: int, mask_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.class_logits = nn.Linear(channels, num_classes + 1)
+        self.mask_embeds = MLP(in_channels=channels, hidden=channels, out_channels=mask_channels, num_layers=3)
+
+    def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, Q, C] -> class logits [N, Q, K + 1] and mask embeddings [N, Q, Cm], float32 or better."""
+        x = self.norm(queries)
+        logits, embeds = self.class_logits(x), self.mask_embeds(x)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return logits.to(dtype), embeds.to(dtype)
+
+
+class Mask2FormerLayer(nn.Module):
+    """Masked attention to one level of the memory, attention among the queries, feed-forward block.
+
+    Args:
+        channels: channels of queries and memory.
+        num_heads: heads of both attentions.
+        feedforward: channels inside the feed-forward block.
+    """
+
+    def __init__(self, *, channels: int, num_heads: int, feedforward: int) -> None:
+        super().__init__()
+        self.cross_attention = CrossAttention(channels=channels, num_heads=num_heads)
+        self.self_attention = SelfAttention(channels=channels, num_heads=num_heads)
+        self.feedforward = FeedForward(channels=channels, hidden=feedforward)
+
+    def forward(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        memory: Tensor,
+        memory_positions: Tensor,
+        forbidden: Tensor,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """Queries and positions [N, Q, C], memory [N, S, C], its positions [S, C], forbidden [N, Q, S] -> [N, Q, C]."""
+        queries = self.cross_attention(queries, positions, memory, memory_positions, forbidden, padding)
+        queries = self.self_attention(queries, positions)
+        out: Tensor = self.feedforward(queries)
+        return out
+
+
+class CellQueries(nn.Module):
+    """Queries from the memory's most promising cells, as in two-stage detectors (Deformable DETR, Mask DINO).
+
+    An image with fewer cells outside the padding than queries repeats its last one.
+
+    Args:
+        channels: channels of memory and queries.
+        mask_channels: channels of the mask features.
+        num_classes: foreground classes.
+        num_queries: queries; fewer where the memory has fewer cells.
+    """
+
+    def __init__(self, *, channels: int, mask_channels: int, num_classes: int, num_queries: int) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.projection = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
+        self.head = PredictionHead(channels=channels, mask_channels=mask_channels, num_classes=num_classes)
+        self.positions = MLP(in_channels=channels, hidden=channels, out_channels=channels, num_layers=2)
+
+    def forward(self, decoded: PixelDecoderOutput) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Memory -> content [N, Q, C], positions [N, Q, C] and the prediction that the chosen cells make."""
+        memory = decoded.flat_memory
+        chosen = self._best(memory.detach(), decoded.flat_padding)
+        content = self.projection(memory.gather(1, chosen[..., None].expand(-1, -1, memory.shape[2])))
+        places = sine_positions(decoded.centres[chosen], memory.shape[2])
+        # As in Mask DINO, what the decoder learns does not disturb the cells' own prediction.
+        return content.detach(), self.positions(places.to(content.dtype)), self.head(content)
+
+    def _best(self, memory: Tensor, padding: Tensor | None) -> Tensor:
+        """Indices [N, Q] of the cells that are most surely of a foreground class, best first."""
+        # Not under no_grad: autocast of torch 2.10 keeps the weights that it casts there, without a gradient.
+        logits = self.head.class_logits(self.head.norm(self.projection(memory))).detach().float()
+        score = logits.softmax(-1)[..., :-1].amax(-1)
+        if padding is None:
+            return score.topk(min(self.num_queries, score.shape[1]), 1).indices
+        best = score.masked_fill(padding, -1).topk(min(self.num_queries, score.shape[1]), 1).indices
+        last = (~padding).sum(1, keepdim=True) - 1
+        rank = torch.arange(best.shape[1], device=best.device)
+        return best.gather(1, torch.minimum(rank, last).clamp(min=0))
+
+
+class Mask2FormerDecoder(nn.Module):
+    """Queries -> classes and masks, after every layer.
+
+    Args:
+        channels: channels of memory and queries.
+        mask_channels: channels of the mask features.
+        num_classes: foreground classes; one more logit, the last, says "no object".
+        num_queries: queries, the most instances of an image.
+        num_layers: layers, >= 1; they visit the levels in turn, coarsest first.
+        num_heads: heads of the attentions.
+        feedforward: channels inside the feed-forward blocks.
+        num_levels: levels of the memory.
+        query_source: "learned": the same queries for every image, as published; "selected": from the image's own most
+            promising cells of the memory, which know where they are.
+
+    Raises:
+        ValueError: another query source, or less than one query or layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        mask_channels: int,
+        num_classes: int,
+        num_queries: int = 100,
+        num_layers: int = 9,
+        num_heads: int = 8,
+        feedforward: int = 2048,
+        num_levels: int = 3,
+        query_source: Literal["learned", "selected"] = "learned",
+    ) -> None:
+        super().__init__()
+        if query_source not in ("learned", "selected"):
+            raise ValueError(f"query_source is {query_source!r}; choose 'learned' or 'selected'")
+        for argument, number in (("num_queries", num_queries), ("num_layers", num_layers)):
+            if number < 1:
+                raise ValueError(f"{argument} is {number}; give at least 1")
+        self.num_queries = num_queries
+        self.num_levels = num_levels
+        self.query_source = query_source
+        if query_source == "selected":
+            self.selection = CellQueries(
+                channels=channels, mask_channels=mask_channels, num_classes=num_classes, num_queries=num_queries
+            )
+        else:
+            self.content = nn.Parameter(torch.randn(num_queries, channels))
+            self.positions = nn.Parameter(torch.randn(num_queries, channels))
+        self.level_embeddings = nn.Parameter(torch.randn(num_levels, channels))
+        self.layers = nn.ModuleList(
+            Mask2FormerLayer(channels=channels, num_heads=num_heads, feedforward=feedforward) for _ in range(num_layers)
+        )
+        self.head = PredictionHead(channels=channels, mask_channels=mask_channels, num_classes=num_classes)
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        return f"{self.num_queries}, num_levels={self.num_levels}, query_source={self.query_source!r}"
+
+    def forward(
+        self, decoded: PixelDecoderOutput, targets: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> dict[str, Any]:
+        """Decode.
+
+        Args:
+            decoded: memory of `num_levels` levels and mask features.
+            targets: not read; here so that decoders are called alike.
+
+        Returns:
+            {"names": of the L predictions, in order: "encoder" (where queries are selected), "initial", "1", "2", ...;
+            "class_logits" float32 [L, N, Q, K + 1], the last of them "no object"; "mask_embeds" float32 [L, N, Q, Cm];
+            "mask_features" [N, Cm, D1, H1, W1]; "mask_stride"}. The mask logit of a query at a place is the product of
+            its mask embedding and the mask features there.
+
+        Raises:
+            ValueError: another number of levels than `num_levels`.
+        """
+        if len(decoded.memory) != self.num_levels:
+            raise ValueError(f"the memory has {len(decoded.memory)} levels; build the decoder with num_levels of them")
+        names, predictions = ["initial"], []
+        if self.query_source == "selected":
+            queries, positions, prediction = self.selection(decoded)
+            names.insert(0, "encoder")
+            predictions.append(prediction)
+        else:
+            images = decoded.mask_features.shape[0]
+            queries, positions = (x.expand(images, -1, -1) for x in (self.content, self.positions))
+        predictions.append(self.head(queries))
+        levels = self._levels(decoded)
+        for number, layer in enumerate(self.layers, start=1):
+            memory, memory_positions, mask_cells, padding = levels[-1 - (number - 1) % self.num_levels]
+            forbidden = _outside_masks(predictions[-1][1], mask_cells)
+            queries = layer(queries, positions, memory, memory_positions, forbidden, padding)
+            predictions.append(self.head(queries))
+            names.append(str(number))
+        class_logits, mask_embeds = zip(*predictions, strict=True)
+        return {
+            "names": names,
+            "class_logits": torch.stack(class_logits),
+            "mask_embeds": torch.stack(mask_embeds),
+            "mask_features": decoded.mask_features,
+            "mask_stride": decoded.mask_stride,
+        }
+
+    def _levels(self, decoded: PixelDecoderOutput) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Of each level, finest first: memory [N, S, C], its positions [S, C], mask features and padding [N, S]."""
+        pooled = pool_to_levels(decoded.mask_features, [decoded.mask_stride, *decoded.strides])
+        levels = []
+        for i, (size, stride) in enumerate(zip(decoded.sizes, decoded.strides, strict=True)):
+            memory = decoded.memory[i].flatten(2).transpose(1, 2) + self.level_embeddings[i]
+            positions = level_positions(size, stride, memory.shape[-1], memory.device).to(memory.dtype)
+            padding = None if decoded.padding is None else decoded.padding[i].flatten(1)
+            levels.append((memory, positions, pooled[i].flatten(2), padding))
+        return levels
+
+
+@torch.no_grad()
+def pool_to_levels(features: Tensor, strides: Sequence[Axes]) -> list[Tensor]:
+    """Mask features averaged over the cells of coarser and coarser levels; masks are linear in them and pool alike.
+
+    Args:
+        features: [N, Cm, D, H, W], zero in padding.
+        strides: (z, y, x) of the features, then of each level, finest first; each divides the next.
+
+    Returns:
+        [N, Cm, d, h, w] of each level, float32 or better. A cell that the border cuts is averaged with zeros for what
+        it lacks, which changes no sign.
+    """
+    pooled, cells = [], features.movedim(1, -1)
+    for fine, coarse in pairwise(strides):
+        ratio = [c // f for f, c in zip(fine, coarse, strict=True)]
+        missing = [-n % r for n, r in zip(cells.shape[1:4], ratio, strict=True)]
+        cells = F.pad(cells, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))
+        for axis in (3, 2, 1):
+            cells = cells.unflatten(axis, (-1, ratio[axis - 1]))
+        cells = cells.mean((2, 4, 6), dtype=torch.promote_types(cells.dtype, torch.float32))
+        pooled.append(cells.movedim(-1, 1))
+    return pooled
+
+
+@torch.no_grad()
+def _outside_masks(mask_embeds: Tensor, mask_cells: Tensor) -> Tensor:
+    """Whether cells [N, Cm, S] lie outside the masks of queries [N, Q, Cm], at a probability of one half: [N, Q, S]."""
+    return mask_embeds @ mask_cells < 0

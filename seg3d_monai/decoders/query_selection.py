@@ -1,0 +1,165 @@
+"""Two-stage query selection (DINO, Zhang et al. 2022; Mask DINO, Li et al. 2023): which memory tokens become queries.
+
+Every token says how likely it lies in an object; the best become queries, each with a box around its cell. Mask DINO
+replaces these boxes by the tight boxes of the tokens' first masks. Must not know true instances.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from seg3d_monai.layers import MLP
+from seg3d_monai.ops.boxes import MAX_LOG_RATIO
+
+Axes = tuple[int, int, int]
+PRIOR = 0.01
+CHUNK = 1 << 24
+"""Mask logits that `mask_boxes` holds at a time."""
+
+
+@dataclass(frozen=True)
+class SelectedQueries:
+    """The best tokens of each image, best first; Q is the number asked for, or of all tokens where that is less.
+
+    Args:
+        tokens: [N, Q, C], projected and normed, with gradient.
+        class_logits: float32 [N, Q, K].
+        boxes: float32 [N, Q, 6], voxels.
+    """
+
+    tokens: Tensor
+    class_logits: Tensor
+    boxes: Tensor
+
+
+class QuerySelection(nn.Module):
+    """Chooses the memory tokens of highest class score and predicts their boxes.
+
+    An image with fewer tokens outside the padding than queries repeats its last one.
+
+    Args:
+        channels: C of the memory.
+        num_classes: K foreground classes.
+        num_queries: tokens chosen of each image.
+        anchor_cells: extent of a token's base box, in cells of its level; the predicted box is refined from it.
+    """
+
+    def __init__(self, *, channels: int, num_classes: int, num_queries: int, anchor_cells: float) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.anchor_cells = anchor_cells
+        self.project = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
+        self.class_logits = class_head(channels, num_classes)
+        self.box_deltas = box_head(channels)
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`: no weight tells them."""
+        return f"num_queries={self.num_queries}, anchor_cells={self.anchor_cells}"
+
+    def forward(
+        self,
+        memory: Tensor,
+        centres: Tensor,
+        sizes: Sequence[Axes],
+        strides: Sequence[Axes],
+        padding: Tensor | None = None,
+    ) -> SelectedQueries:
+        """The best tokens.
+
+        Args:
+            memory: [N, S, C], level after level.
+            centres: [S, 3] centre of each token's cell, voxels.
+            sizes: (d, h, w) of each level, cells.
+            strides: (z, y, x) stride of each level, voxels.
+            padding: bool [N, S], True for a token outside the image, which is never chosen.
+        """
+        # All tokens are scored, but only the chosen ones go back to the memory, so that the backward pass is short. Not
+        # under no_grad: autocast of torch 2.10 keeps the weights it casts there, which would have no gradient below.
+        scores = self.class_logits(self.project(memory.detach())).detach().float().amax(-1)
+        if padding is not None:
+            scores = scores.masked_fill(padding, -torch.inf)
+        chosen = scores.topk(min(self.num_queries, scores.shape[1]), 1).indices
+        if padding is not None:
+            last = (~padding).sum(1, keepdim=True) - 1
+            rank = torch.arange(chosen.shape[1], device=chosen.device)
+            chosen = chosen.gather(1, torch.minimum(rank, last).clamp(min=0))
+        tokens = self.project(_rows(memory, chosen))
+        boxes = refine_boxes(self.box_deltas(tokens), self._anchors(centres, sizes, strides)[chosen])
+        return SelectedQueries(tokens, self.class_logits(tokens).float(), boxes)
+
+    def _anchors(self, centres: Tensor, sizes: Sequence[Axes], strides: Sequence[Axes]) -> Tensor:
+        """Base boxes [S, 6] around the tokens' centres."""
+        # Not blocking: a copy from the host would otherwise wait for all the work that the device still has to do.
+        halves = (torch.tensor(strides) * (self.anchor_cells / 2)).to(centres, non_blocking=True)
+        half = torch.cat([row.expand(d * h * w, 3) for (d, h, w), row in zip(sizes, halves, strict=True)])
+        return torch.cat([centres - half, centres + half], 1)
+
+
+def class_head(channels: int, num_classes: int) -> nn.Linear:
+    """Class logits, which start at a probability of 0.01: few queries are objects (Lin et al. 2017, sec. 4.1)."""
+    head = nn.Linear(channels, num_classes)
+    nn.init.constant_(head.bias, torch.tensor(PRIOR).logit().item())
+    return head
+
+
+def box_head(channels: int) -> MLP:
+    """Deltas of a box; they start at zero, so that the first predicted box is the reference itself."""
+    head = MLP(in_channels=channels, hidden=channels, out_channels=6, num_layers=3)
+    for parameter in head.layers[-1].parameters():
+        nn.init.zeros_(parameter)
+    return head
+
+
+def refine_boxes(deltas: Tensor, boxes: Tensor) -> Tensor:
+    """Boxes [..., 6] moved by deltas [..., 6], a shift in extents and the log of the extents' ratio; float32.
+
+    As `decode_boxes`, but the box moved is at least a voxel in extent, as every instance is, and shrinks by a factor of
+    62.5 at most: extents stay positive whatever the deltas are.
+    """
+    lower, upper = boxes.float().split(3, -1)
+    shift, growth = deltas.float().split(3, -1)
+    extent = (upper - lower).clamp(min=1)
+    centre = (lower + upper) / 2 + shift * extent
+    half = growth.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * extent / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+@torch.no_grad()
+def mask_boxes(mask_embeds: Tensor, mask_features: Tensor, mask_stride: Axes, boxes: Tensor) -> Tensor:
+    """Tight boxes of the queries' masks (Mask DINO, sec. 3.4), a few queries at a time; no gradient.
+
+    Args:
+        mask_embeds: [N, Q, Cm].
+        mask_features: [N, Cm, D1, H1, W1].
+        mask_stride: (z, y, x) stride of the mask features, voxels.
+        boxes: [N, Q, 6], voxels, kept for a query whose mask is empty.
+
+    Returns:
+        float32 [N, Q, 6], voxels: the cells whose mask logit is positive, each a stride in extent.
+    """
+    images, _, *size = mask_features.shape
+    features = mask_features.flatten(2)
+    few = max(1, CHUNK // max(1, images * features.shape[2]))
+    found = []
+    for embeds, kept in zip(mask_embeds.to(features.dtype).split(few, 1), boxes.float().split(few, 1), strict=True):
+        logits = (embeds @ features).unflatten(2, size)
+        plane = logits.amax(2)
+        highest = (logits.flatten(3).amax(3), plane.amax(3), plane.amax(2))
+        lower, upper = zip(*(_run(values > 0) for values in highest), strict=True)
+        corners = [cell * s for cell, s in zip((*lower, *upper), (*mask_stride, *mask_stride), strict=True)]
+        found.append(torch.where((highest[0].amax(2) > 0)[..., None], torch.stack(corners, -1).float(), kept))
+    return torch.cat(found, 1)
+
+
+def _run(occupied: Tensor) -> tuple[Tensor, Tensor]:
+    """First occupied cell of each row of bool [N, q, n], and the one after its last."""
+    cell = torch.arange(occupied.shape[2], device=occupied.device)
+    first = torch.where(occupied, cell, occupied.shape[2]).amin(2)
+    return first, torch.where(occupied, cell + 1, 0).amax(2)
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """values [N, S, C] at index [N, Q] -> [N, Q, C]."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))

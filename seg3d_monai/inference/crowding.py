@@ -1,0 +1,91 @@
+"""A detector of limited capacity on a crowded block: the block is halved until its parts are not crowded.
+
+A query-based detector finds at most as many instances as it has queries. Must not know models: a detector is a callable
+image [1, C, D, H, W] -> [{"boxes", "scores", "classes", "mask_logits"}].
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+CROWDED_SHARE = 0.8
+"""Share of the capacity at which a block is taken for crowded: near it, one object's loss cannot be told."""
+LEAST_EXTENT = 16
+"""Voxels along the longest axis of a part that is not halved again."""
+
+Found = dict[str, Tensor | list[Tensor]]
+
+
+def detect(
+    network: Callable[[Tensor], Sequence[Mapping[str, Any]]],
+    image: Tensor,
+    *,
+    capacity: int | None,
+    score_threshold: float,
+) -> Found:
+    """Instances of one image, on the CPU; in halves, and halves of these, where there are too many for one call.
+
+    The halves of a part overlap by a quarter of its extent; each keeps the instances whose boxes are centred in its own
+    half, so an object as large as the overlap is seen whole by the half that keeps it.
+
+    Args:
+        network: the detector, in evaluation mode.
+        image: [C, D, H, W].
+        capacity: the most instances that one call can find; None for no limit.
+        score_threshold: least score of an instance that counts towards a crowd.
+
+    Returns:
+        {"boxes" [M, 6] in the image's frame, "scores" [M], "classes" [M], "mask_logits": M tensors}.
+    """
+    found = {
+        key: value.cpu() if isinstance(value, Tensor) else [tensor.cpu() for tensor in value]
+        for key, value in network(image[None])[0].items()
+    }
+    number = int((found["scores"] >= score_threshold).sum())
+    if capacity is None or number < CROWDED_SHARE * capacity:
+        return found
+    size = image.shape[1:]
+    axis = max(range(3), key=lambda a: size[a])
+    if size[axis] <= LEAST_EXTENT:
+        logger.warning(
+            "%d objects in a part of %s voxels, and the model has %d queries: objects may be lost; "
+            "train with more queries",
+            number,
+            "x".join(map(str, size)),
+            capacity,
+        )
+        return found
+    logger.info("%d objects for %d queries in %s voxels: halved", number, capacity, "x".join(map(str, size)))
+    middle, overlap = size[axis] // 2, size[axis] // 8
+    halves = []
+    for start, end, is_lower in ((0, middle + overlap, True), (middle - overlap, size[axis], False)):
+        part = detect(
+            network,
+            image.narrow(axis + 1, start, end - start),
+            capacity=capacity,
+            score_threshold=score_threshold,
+        )
+        boxes = part["boxes"]
+        assert isinstance(boxes, Tensor)
+        boxes[:, [axis, axis + 3]] += start
+        centre = (boxes[:, axis] + boxes[:, axis + 3]) / 2
+        halves.append(_rows(part, ((centre < middle) == is_lower).nonzero().squeeze(1)))
+    return {key: _joined(halves[0][key], halves[1][key]) for key in halves[0]}
+
+
+def _rows(found: Found, rows: Tensor) -> Found:
+    return {
+        key: value[rows] if isinstance(value, Tensor) else [value[i] for i in rows.tolist()]
+        for key, value in found.items()
+    }
+
+
+def _joined(first: Tensor | list[Tensor], second: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.cat([first, second])
+    return [*first, *second]

@@ -1,0 +1,50 @@
+"""What a pixel decoder hands to a transformer decoder. Here, since decoders must not know heads, nor heads decoders."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from seg3d_monai.layers.position import level_centres
+
+Axes = tuple[int, int, int]
+
+
+@dataclass
+class PixelDecoderOutput:
+    """Memory of several levels, and mask features.
+
+    Args:
+        memory: [N, C, d, h, w] of each level, finest first.
+        sizes: (d, h, w) of each level.
+        strides: (z, y, x) voxels of a cell of each level.
+        padding: bool [N, d, h, w] of each level, True for cells that hold no valid voxel of their image; None where
+            all voxels of all images are valid.
+        mask_features: [N, Cm, D1, H1, W1]; a mask logit is their product with a query's mask embedding. Zero in the
+            padding, where every logit is then 0 and turns no neighbour's sign when interpolated.
+        mask_stride: (z, y, x) voxels of a cell of the mask features.
+    """
+
+    memory: list[Tensor]
+    sizes: list[Axes]
+    strides: list[Axes]
+    padding: list[Tensor] | None
+    mask_features: Tensor
+    mask_stride: Axes
+
+    @cached_property
+    def flat_memory(self) -> Tensor:
+        """[N, S, C], the cells of all levels, level after level, each in the order z, y, x."""
+        return torch.cat([level.flatten(2).transpose(1, 2) for level in self.memory], 1)
+
+    @cached_property
+    def flat_padding(self) -> Tensor | None:
+        """Bool [N, S] for the cells of `flat_memory`, or None."""
+        return None if self.padding is None else torch.cat([level.flatten(1) for level in self.padding], 1)
+
+    @cached_property
+    def centres(self) -> Tensor:
+        """[S, 3] float32, centres of the cells of `flat_memory` in voxels."""
+        device = self.mask_features.device
+        return torch.cat([level_centres(n, s, device) for n, s in zip(self.sizes, self.strides, strict=True)])
