@@ -3,7 +3,20 @@
 Every backbone has `channels: dict[str, int]` and `strides: dict[str, tuple[int, int, int]]`, finest level first.
 """
 
+from seg3d_monai.backbones.convnext import ConvNeXt, convnext_backbone
 from seg3d_monai.backbones.fpn import FeaturePyramid
 from seg3d_monai.backbones.resnet import ResNet, resnet_backbone
+from seg3d_monai.backbones.swin import Swin, swin_backbone
+from seg3d_monai.backbones.vit import ViT, vit_backbone
 
-__all__ = ["FeaturePyramid", "ResNet", "resnet_backbone"]
+__all__ = [
+    "ConvNeXt",
+    "FeaturePyramid",
+    "ResNet",
+    "Swin",
+    "ViT",
+    "convnext_backbone",
+    "resnet_backbone",
+    "swin_backbone",
+    "vit_backbone",
+]

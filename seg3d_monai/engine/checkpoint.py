@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "adapt_input_channels",
     "load_weights",
     "read_checkpoint",
     "read_last",
@@ -108,12 +109,53 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(network: _Network, path: str | Path) -> _Network:
+def adapt_input_channels(weights: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fit weights to a network whose images have another number of channels, as timm does.
+
+    The first convolution is the one weight whose shape differs, and that in its input channels only. To one channel its
+    weights are summed, which answers to a grey image as before; to more or fewer they are repeated in turn, cut and
+    scaled by old / new, which keeps the size of the activations.
+
+    Args:
+        weights: state dict; it is not changed.
+        network: state dict of the network that shall receive it.
+
+    Returns:
+        The weights, the first convolution replaced where it has to be.
+
+    Raises:
+        ValueError: if anything but the input channels of one convolution differs in shape.
+    """
+    differing = sorted(key for key in weights.keys() & network.keys() if weights[key].shape != network[key].shape)
+    adapted = dict(weights)
+    if not differing:
+        return adapted
+    old, new = weights[differing[0]].shape, network[differing[0]].shape
+    is_input = len(differing) == 1 and len(old) == len(new) >= 3 and old[:1] + old[2:] == new[:1] + new[2:]
+    if not is_input:
+        listed = ", ".join(f"{k} {tuple(weights[k].shape)} instead of {tuple(network[k].shape)}" for k in differing[:4])
+        raise ValueError(
+            f"the weights differ in more than the input channels of one convolution ({len(differing)} differently "
+            f"shaped: {listed}{', …' if len(differing) > 4 else ''}); use the configuration they were trained with"
+        )
+    kernel = weights[differing[0]]
+    if new[1] == 1:
+        kernel = kernel.sum(1, keepdim=True)
+    else:
+        turns = -(-new[1] // old[1])
+        kernel = torch.cat([kernel] * turns, 1)[:, : new[1]] * (old[1] / new[1])
+    adapted[differing[0]] = kernel
+    return adapted
+
+
+def load_weights(network: _Network, path: str | Path, *, adapt_input: bool = False) -> _Network:
     """Load a plain state dict (`model.pt`) or the evaluated weights of a training checkpoint into a network.
 
     Args:
         network: receives the weights, in place; every key and shape must agree.
         path: file of `write_weights`, `write_checkpoint` or any `torch.save(state_dict)`.
+        adapt_input: whether weights for another number of image channels are adapted, with a warning. That is a start
+            for a training; for a prediction it would hide that the image is not what the network was trained on.
 
     Returns:
         The network, so that a config can write `"$load_weights(@network_def, @ckpt_path)"`.
@@ -126,6 +168,16 @@ def load_weights(network: _Network, path: str | Path) -> _Network:
     if weights.get("format") == FORMAT:
         weights = weights["ema"] or weights["network"]
     own = network.state_dict()
+    if adapt_input:
+        try:
+            adapted = adapt_input_channels(weights, own)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} does not fit the network: {error}") from error
+        for key in weights.keys() & own.keys():
+            if weights[key].shape != adapted[key].shape:
+                old, new = weights[key].shape[1], adapted[key].shape[1]
+                logger.warning("%r: %s was adapted from %d input channels to %d", str(path), key, old, new)
+        weights = adapted
     shapes = [
         f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
         for k in own.keys() & weights.keys()

@@ -12,7 +12,14 @@ from engine_toys import ToyLoader, ToyNetwork
 from ignite.engine import Events
 
 from seg3d_monai.engine import Checkpoints, WarmupCosine, load_weights
-from seg3d_monai.engine.checkpoint import read_checkpoint, read_last, write_checkpoint, write_last, write_weights
+from seg3d_monai.engine.checkpoint import (
+    adapt_input_channels,
+    read_checkpoint,
+    read_last,
+    write_checkpoint,
+    write_last,
+    write_weights,
+)
 
 
 def losses_of(trainer):
@@ -227,3 +234,76 @@ def test_sigterm_from_outside(tmp_path):
     assert process.returncode == 143
     assert "Traceback" not in errors
     assert read_checkpoint(tmp_path / "last.pt")["iteration"] >= 1
+
+
+def stem(in_channels: int) -> torch.nn.Sequential:
+    """A first convolution, a second one, and a grouped one, whose weight has one input channel whatever comes in."""
+    return torch.nn.Sequential(
+        torch.nn.Conv3d(in_channels, 4, (1, 3, 2)),
+        torch.nn.Conv3d(4, 4, 1),
+        torch.nn.Conv3d(4, 4, 1, groups=4),
+        torch.nn.Flatten(),
+        torch.nn.LazyLinear(2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sources", "scale"),
+    [
+        (1, 3, [0, 0, 0], 1 / 3),
+        (2, 5, [0, 1, 0, 1, 0], 2 / 5),
+        (3, 2, [0, 1], 3 / 2),
+        (2, 2, [0, 1], 1.0),
+    ],
+)
+def test_input_channels_are_repeated_in_turn_and_scaled(old, new, sources, scale):
+    torch.manual_seed(0)
+    image = torch.rand(2, new, 3, 5, 4)
+    before, after = stem(old), stem(new)
+    for network, channels in ((before, old), (after, new)):
+        network(image[:, :1].expand(-1, channels, -1, -1, -1))
+    weights = before.state_dict()
+    untouched = {key: value.clone() for key, value in weights.items()}
+    adapted = adapt_input_channels(weights, after.state_dict())
+    for k, source in enumerate(sources):
+        torch.testing.assert_close(adapted["0.weight"][:, k], weights["0.weight"][:, source] * scale)
+    assert all(torch.equal(adapted[key], value) for key, value in untouched.items() if key != "0.weight")
+    assert all(torch.equal(weights[key], value) for key, value in untouched.items())
+    after.load_state_dict(adapted)
+
+
+@pytest.mark.parametrize("old", [2, 3])
+def test_weights_of_several_channels_see_a_grey_image_as_before(tmp_path, caplog, old):
+    torch.manual_seed(0)
+    image = torch.rand(2, 1, 3, 5, 4)
+    before, after = stem(old), stem(1)
+    wanted = before(image.expand(-1, old, -1, -1, -1))
+    after(image)
+    write_weights(tmp_path / "model.pt", before.state_dict())
+    with pytest.raises(ValueError, match=r"1 differently shaped: 0\.weight"):
+        load_weights(after, tmp_path / "model.pt")
+    load_weights(after, tmp_path / "model.pt", adapt_input=True)
+    torch.testing.assert_close(after(image), wanted)
+    assert f"0.weight was adapted from {old} input channels to 1" in caplog.text
+    caplog.clear()
+    load_weights(before, tmp_path / "model.pt", adapt_input=True)
+    assert not caplog.text
+
+
+def test_other_differences_than_the_input_channels_are_named(tmp_path):
+    def network(channels=1, width=4, kernel=3, hidden=6):
+        layers = torch.nn.Conv3d(channels, width, kernel), torch.nn.Conv3d(width, 2, 1), torch.nn.Linear(hidden, 2)
+        return torch.nn.Sequential(*layers)
+
+    write_weights(tmp_path / "model.pt", network().state_dict())
+    for changes, words in [
+        ({"channels": 2, "hidden": 7}, r"2 differently shaped: 0\.weight .*2\.weight \(2, 6\) instead of \(2, 7\)"),
+        ({"channels": 2, "kernel": 5}, r"1 differently shaped: 0\.weight"),
+        ({"width": 5}, r"3 differently shaped: 0\.bias .*0\.weight .*1\.weight"),
+        ({"hidden": 7}, r"1 differently shaped: 2\.weight"),  # no convolution
+    ]:
+        with pytest.raises(ValueError, match=rf"model\.pt' does not fit the network: .*{words}"):
+            load_weights(network(**changes), tmp_path / "model.pt", adapt_input=True)
+    extra = torch.nn.Sequential(*network(channels=2), torch.nn.Conv3d(2, 2, 1))
+    with pytest.raises(ValueError, match=r"2 missing: 3\.bias, 3\.weight"):
+        load_weights(extra, tmp_path / "model.pt", adapt_input=True)
