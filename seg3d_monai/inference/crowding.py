@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 CROWDED_SHARE = 0.8
 """Share of the capacity at which a block is taken for crowded: near it, one object's loss cannot be told."""
-LEAST_EXTENT = 16
+LEAST_EXTENT = 12
 """Voxels along the longest axis of a part that is not halved again."""
 
 Found = dict[str, Tensor | list[Tensor]]

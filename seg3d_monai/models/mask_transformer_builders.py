@@ -5,7 +5,6 @@ from typing import Literal
 
 from torch import nn
 
-from seg3d_monai.backbones import resnet_backbone
 from seg3d_monai.decoders import Denoising, Mask2FormerDecoder, MaskDINODecoder
 from seg3d_monai.heads import DeformablePixelDecoder
 from seg3d_monai.models.mask_transformer import MaskTransformer3d

@@ -182,7 +182,7 @@ def test_extents_stay_positive_and_can_grow_again(shrink):
 
 STRIDE = (1, 2, 3)
 CELLS = (6, 5, 7)
-KEPT = torch.tensor([[1.5, 2, 3, 4, 5, 6.5]])
+EVERYWHERE = torch.tensor([[0.0, 0, 0, 6, 10, 21]])
 
 
 def block_features(blocks, images=1):
@@ -200,7 +200,7 @@ BLOCKS = [(1, 2, 3, 4, 3, 7), (0, 0, 0, 6, 5, 7), (5, 4, 0, 6, 5, 1), (2, 1, 2, 
 def test_boxes_of_blocks_in_voxels(chunk, monkeypatch):
     monkeypatch.setattr("seg3d_monai.decoders.query_selection.CHUNK", chunk)
     features = block_features(BLOCKS)
-    found = mask_boxes(torch.eye(4)[None] * 3, features, STRIDE, KEPT.expand(1, 4, 6))
+    found = mask_boxes(torch.eye(4)[None] * 3, features, STRIDE, EVERYWHERE.expand(1, 4, 6))
     wanted = [[b * s for b, s in zip(block, STRIDE * 2, strict=True)] for block in BLOCKS]
     assert found[0].tolist() == wanted
     assert found.dtype == torch.float32
@@ -211,7 +211,7 @@ def test_a_mask_of_two_pieces_has_one_box_and_an_empty_mask_keeps_its_own():
     # 2a + b + 1 is positive where either piece is, -(a + b) - 3 nowhere; a constant channel makes the sums.
     features = torch.cat([features, torch.ones(2, 1, *CELLS)], 1)
     embeds = torch.tensor([[[1.0, 1, 1], [-1, -1, -3]], [[0, 0, 0], [0, 1, 0]]])
-    boxes = torch.cat([KEPT, KEPT + 1]).expand(2, 2, 6)
+    boxes = torch.cat([EVERYWHERE, EVERYWHERE * 0.9]).expand(2, 2, 6)
     found = mask_boxes(embeds, features, STRIDE, boxes)
     assert found[0, 0].tolist() == [0, 0, 0, 5, 8, 18]
     assert torch.equal(found[0, 1], boxes[0, 1])
@@ -219,22 +219,61 @@ def test_a_mask_of_two_pieces_has_one_box_and_an_empty_mask_keeps_its_own():
     assert found[1, 1].tolist() == [4, 6, 15, 5, 8, 18]
 
 
+def test_only_the_mask_around_the_predicted_box_counts():
+    """Cells whose centre is less than one extent from the box's centre, by hand, on masks that are everywhere."""
+    features = torch.ones(1, 1, *CELLS)
+    boxes = torch.tensor(
+        [
+            [
+                2.0,
+                4,
+                6,
+                3,
+                6,
+                12,
+            ],  # z within 1 of 2.5, y within 2 of 5, x within 6 of 9, where cells are centred at 7.5
+            [-3.0, 8, 15, 1, 14, 18],  # z within 4 of -1, y within 6 of 11, x within 3 of 16.5
+            [30.0, 4, 6, 33, 6, 12],  # outside
+        ]
+    )
+    found = mask_boxes(torch.ones(1, 3, 1), features, STRIDE, boxes[None])
+    assert found[0].tolist() == [[2, 4, 3, 3, 6, 15], [0, 6, 15, 3, 10, 18], [30, 4, 6, 33, 6, 12]]
+
+
+def test_an_object_elsewhere_does_not_count():
+    features = block_features([(1, 1, 1, 3, 2, 2)])
+    features[:, :, 5, 4, 6] = 1
+    near = torch.tensor([[0.0, 1, 2, 3, 5, 7]])
+    found = mask_boxes(torch.ones(1, 2, 1), features, STRIDE, torch.stack([near, near + 30], 1))
+    assert found[0].tolist() == [[1, 2, 3, 3, 4, 6], (near[0] + 30).tolist()]
+
+
 def test_masks_that_are_not_finite_keep_their_box():
     embeds = torch.full((1, 1, 4), torch.nan)
-    assert torch.equal(mask_boxes(embeds, block_features(BLOCKS), STRIDE, KEPT[None]), KEPT[None])
+    assert torch.equal(mask_boxes(embeds, block_features(BLOCKS), STRIDE, EVERYWHERE[None]), EVERYWHERE[None])
 
 
-def test_boxes_of_masks_against_a_loop_for_half_types_and_channels_last():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_boxes_of_masks_against_a_loop(dtype):
     torch.manual_seed(0)
-    features = torch.randn(2, 4, *CELLS).bfloat16()
-    embeds = torch.randn(2, 9, 4)
-    logits = torch.einsum("nqc,nczyx->nqzyx", embeds.bfloat16(), features) - 0
-    found = mask_boxes(embeds, features.to(memory_format=torch.channels_last_3d), STRIDE, torch.zeros(2, 9, 6))
+    features = torch.randn(2, 4, *CELLS).to(dtype)
+    embeds, boxes = torch.randn(2, 9, 4), torch.rand(2, 9, 6) * 9
+    boxes[..., 3:] += boxes[..., :3]
+    logits = torch.stack([(embeds[n].to(dtype) @ features[n].flatten(1)).view(9, *CELLS) for n in range(2)])
+    found = mask_boxes(embeds, features.to(memory_format=torch.channels_last_3d), STRIDE, boxes)
+    kept = 0
     for n in range(2):
         for q in range(9):
             cells = (logits[n, q] > 0).nonzero()
-            box = torch.cat([cells.amin(0), cells.amax(0) + 1]) * torch.tensor(STRIDE * 2)
-            assert found[n, q].tolist() == box.tolist()
+            away = ((cells + 0.5) * torch.tensor(STRIDE) - (boxes[n, q, :3] + boxes[n, q, 3:]) / 2).abs()
+            cells = cells[(away < boxes[n, q, 3:] - boxes[n, q, :3]).all(1)]
+            if len(cells):
+                box = torch.cat([cells.amin(0), cells.amax(0) + 1]) * torch.tensor(STRIDE * 2)
+                assert found[n, q].tolist() == box.tolist()
+            else:
+                kept += 1
+                assert torch.equal(found[n, q], boxes[n, q])
+    assert 0 < kept < 9
 
 
 def test_boxes_of_masks_carry_no_gradient():
