@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from seg3d_monai.layers import (
     MLP,
+    PLACE_CHANNELS,
     CrossAttention,
     FeedForward,
     PixelDecoderOutput,
+    PlaceEmbedding,
     SelfAttention,
     level_positions,
     sine_positions,
@@ -24,27 +26,47 @@ from seg3d_monai.layers import (
 Axes = tuple[int, int, int]
 
 
+SHIFT_UNIT = 8.0
+"""Voxels by which a query of shift 1 moves its mask's centre."""
+
+
 class PredictionHead(nn.Module):
     """Class logits and mask embeddings of queries, the same after every layer.
 
     Args:
         channels: channels of the queries.
-        mask_channels: channels of the mask features.
+        mask_channels: channels of the mask features that come from the image.
         num_classes: foreground classes; one more logit, the last, says "no object".
+        has_centres: whether queries know where they are: their masks then lie around there, or as near as they see fit.
     """
 
-    def __init__(self, *, channels: int, mask_channels: int, num_classes: int) -> None:
+    def __init__(self, *, channels: int, mask_channels: int, num_classes: int, has_centres: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.class_logits = nn.Linear(channels, num_classes + 1)
         self.mask_embeds = MLP(in_channels=channels, hidden=channels, out_channels=mask_channels, num_layers=3)
+        self.has_centres = has_centres
+        if has_centres:
+            self.places = PlaceEmbedding(channels=channels)
+            self.shift = nn.Linear(channels, 3)
+            nn.init.zeros_(self.shift.weight)
+            nn.init.zeros_(self.shift.bias)
+        else:
+            self.free_places = nn.Linear(channels, PLACE_CHANNELS)
 
-    def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, Q, C] -> class logits [N, Q, K + 1] and mask embeddings [N, Q, Cm], float32 or better."""
+    def forward(self, queries: Tensor, centres: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries [N, Q, C] -> class logits [N, Q, K + 1] and mask embeddings [N, Q, Cm], float32 or better.
+
+        `centres` are float32 [N, Q, 3], voxels.
+        """
         x = self.norm(queries)
         logits, embeds = self.class_logits(x), self.mask_embeds(x)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        return logits.to(dtype), embeds.to(dtype)
+        if centres is None:
+            places = self.free_places(x)
+        else:
+            places = self.places(x, centres + SHIFT_UNIT * self.shift(x).to(dtype))
+        return logits.to(dtype), torch.cat([embeds.to(dtype), places.to(dtype)], -1)
 
 
 class Mask2FormerLayer(nn.Module):
@@ -94,17 +116,20 @@ class CellQueries(nn.Module):
         super().__init__()
         self.num_queries = num_queries
         self.projection = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
-        self.head = PredictionHead(channels=channels, mask_channels=mask_channels, num_classes=num_classes)
+        self.head = PredictionHead(
+            channels=channels, mask_channels=mask_channels, num_classes=num_classes, has_centres=True
+        )
         self.positions = MLP(in_channels=channels, hidden=channels, out_channels=channels, num_layers=2)
 
-    def forward(self, decoded: PixelDecoderOutput) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Memory -> content [N, Q, C], positions [N, Q, C] and the prediction that the chosen cells make."""
+    def forward(self, decoded: PixelDecoderOutput) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Memory -> content and positions [N, Q, C], centres [N, Q, 3] in voxels, and the chosen cells' prediction."""
         memory = decoded.flat_memory
         chosen = self._best(memory.detach(), decoded.flat_padding)
         content = self.projection(memory.gather(1, chosen[..., None].expand(-1, -1, memory.shape[2])))
-        places = sine_positions(decoded.centres[chosen], memory.shape[2])
+        centres = decoded.centres[chosen]
+        positions = self.positions(sine_positions(centres, memory.shape[2]).to(content.dtype))
         # As in Mask DINO, what the decoder learns does not disturb the cells' own prediction.
-        return content.detach(), self.positions(places.to(content.dtype)), self.head(content)
+        return content.detach(), positions, centres, self.head(content, centres)
 
     def _best(self, memory: Tensor, padding: Tensor | None) -> Tensor:
         """Indices [N, Q] of the cells that are most surely of a foreground class, best first."""
@@ -171,7 +196,12 @@ class Mask2FormerDecoder(nn.Module):
         self.layers = nn.ModuleList(
             Mask2FormerLayer(channels=channels, num_heads=num_heads, feedforward=feedforward) for _ in range(num_layers)
         )
-        self.head = PredictionHead(channels=channels, mask_channels=mask_channels, num_classes=num_classes)
+        self.head = PredictionHead(
+            channels=channels,
+            mask_channels=mask_channels,
+            num_classes=num_classes,
+            has_centres=query_source == "selected",
+        )
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
@@ -197,21 +227,21 @@ class Mask2FormerDecoder(nn.Module):
         """
         if len(decoded.memory) != self.num_levels:
             raise ValueError(f"the memory has {len(decoded.memory)} levels; build the decoder with num_levels of them")
-        names, predictions = ["initial"], []
+        names, predictions, centres = ["initial"], [], None
         if self.query_source == "selected":
-            queries, positions, prediction = self.selection(decoded)
+            queries, positions, centres, prediction = self.selection(decoded)
             names.insert(0, "encoder")
             predictions.append(prediction)
         else:
             images = decoded.mask_features.shape[0]
             queries, positions = (x.expand(images, -1, -1) for x in (self.content, self.positions))
-        predictions.append(self.head(queries))
+        predictions.append(self.head(queries, centres))
         levels = self._levels(decoded)
         for number, layer in enumerate(self.layers, start=1):
             memory, memory_positions, mask_cells, padding = levels[-1 - (number - 1) % self.num_levels]
             forbidden = _outside_masks(predictions[-1][1], mask_cells)
             queries = layer(queries, positions, memory, memory_positions, forbidden, padding)
-            predictions.append(self.head(queries))
+            predictions.append(self.head(queries, centres))
             names.append(str(number))
         class_logits, mask_embeds = zip(*predictions, strict=True)
         return {

@@ -26,6 +26,7 @@ from seg3d_monai.layers import (
     DeformableAttention3d,
     FeedForward,
     PixelDecoderOutput,
+    PlaceEmbedding,
     SelfAttention,
     sine_positions,
 )
@@ -97,13 +98,19 @@ class PredictionHeads(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.class_logits = class_head(channels, num_classes)
         self.mask_embeds = MLP(in_channels=channels, hidden=channels, out_channels=mask_channels, num_layers=3)
+        self.places = PlaceEmbedding(channels=channels)
         self.box_deltas = box_head(channels)
 
-    def forward(self, content: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, Q, C] -> float32 class logits [N, Q, K], mask embeddings [N, Q, Cm], deltas [N, Q, 6]."""
+    def masks(self, content: Tensor, boxes: Tensor) -> Tensor:
+        """Content [N, Q, C] and boxes [N, Q, 6], whose centres the masks lie around -> float32 embeddings."""
+        normed, boxes = self.norm(content), boxes.detach()
+        places = self.places(normed, (boxes[..., :3] + boxes[..., 3:]) / 2)
+        return torch.cat([self.mask_embeds(normed).float(), places.float()], -1)
+
+    def classes_and_deltas(self, content: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, Q, C] -> float32 class logits [N, Q, K], deltas of the boxes [N, Q, 6]."""
         normed = self.norm(content)
-        logits, embeds, deltas = self.class_logits(normed), self.mask_embeds(normed), self.box_deltas(normed)
-        return logits.float(), embeds.float(), deltas.float()
+        return self.class_logits(normed).float(), self.box_deltas(normed).float()
 
 
 class MaskDINODecoder(nn.Module):
@@ -111,7 +118,7 @@ class MaskDINODecoder(nn.Module):
 
     Args:
         channels: channels of the memory and of the queries; a multiple of `num_heads`, at least 4.
-        mask_channels: channels of the mask features.
+        mask_channels: channels of the mask features that come from the image.
         num_classes: K foreground classes.
         num_queries: Q queries; with fewer memory tokens, as many as there are tokens.
         num_layers: decoder layers.
@@ -196,16 +203,16 @@ class MaskDINODecoder(nn.Module):
         selected = self.selection(
             decoded.flat_memory, decoded.centres, decoded.sizes, decoded.strides, decoded.flat_padding
         )
-        embeds = self.heads.mask_embeds(self.heads.norm(selected.tokens)).float()
         boxes = selected.boxes.detach()
+        embeds = self.heads.masks(selected.tokens, boxes)
         if self.box_from_mask:
             boxes = mask_boxes(embeds, decoded.mask_features, decoded.mask_stride, boxes)
         content = self._first_content(selected)
         names, predictions = ["encoder"], [Prediction(selected.class_logits, embeds, selected.boxes)]
         if self.content is None:
-            logits, embeds, _ = self.heads(content)
             names.append("initial")
-            predictions.append(Prediction(logits, embeds, boxes))
+            logits, _ = self.heads.classes_and_deltas(content)
+            predictions.append(Prediction(logits, self.heads.masks(content, boxes), boxes))
         noised = self._denoising_queries(content, targets)
         if noised is None:
             outputs = _stack(predictions + self._refine(self._tie(content), boxes, decoded))
@@ -233,9 +240,10 @@ class MaskDINODecoder(nn.Module):
             coordinates = torch.cat([(lower + upper) / 2, upper - lower], -1)
             positions = self.position(sine_positions(coordinates, 3 * content.shape[2]).to(content.dtype))
             content = layer(content, positions, references, decoded, forbidden)
-            logits, embeds, deltas = self.heads(content)
+            logits, deltas = self.heads.classes_and_deltas(content)
             # DINO looks forward twice: a layer's box also trains the layer before, through the box that it refines.
-            predictions.append(Prediction(logits, embeds, refine_boxes(deltas, boxes)))
+            refined = refine_boxes(deltas, boxes)
+            predictions.append(Prediction(logits, self.heads.masks(content, refined), refined))
             boxes = refine_boxes(deltas, references)
         return predictions
 

@@ -4,6 +4,7 @@ Every token says how likely it lies in an object; the best become queries, each 
 replaces these boxes by the tight boxes of the tokens' first masks. Must not know true instances.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,7 @@ class QuerySelection(nn.Module):
 def class_head(channels: int, num_classes: int) -> nn.Linear:
     """Class logits, which start at a probability of 0.01: few queries are objects (Lin et al. 2017, sec. 4.1)."""
     head = nn.Linear(channels, num_classes)
-    nn.init.constant_(head.bias, torch.tensor(PRIOR).logit().item())
+    nn.init.constant_(head.bias, math.log(PRIOR / (1 - PRIOR)))
     return head
 
 

@@ -21,6 +21,7 @@ from seg3d_monai.layers import (
     PixelDecoderOutput,
     level_centres,
     level_positions,
+    place_features,
 )
 
 Axes = tuple[int, int, int]
@@ -116,7 +117,7 @@ class DeformablePixelDecoder(nn.Module):
         memory_levels: levels of the memory, finest first.
         mask_levels: levels that are fused into the mask features, finest first; the first gives their resolution.
         hidden: channels of the memory.
-        mask_channels: channels of the mask features.
+        mask_channels: channels of the mask features that come from the image; PLACE_CHANNELS more tell the place.
         num_layers: encoder layers, >= 1.
         num_heads: heads of the attention.
         num_points: places that a head reads in a level.
@@ -206,8 +207,10 @@ class DeformablePixelDecoder(nn.Module):
         fused = levels[0]
         for level, fusion in self.fusions.items():
             fused = self._run(fusion, features[level], fused, padding.get(level))
-        mask_features = self.mask_projection(fused.movedim(1, -1)).movedim(-1, 1)
         finest = self.mask_levels[0]
+        content = self.mask_projection(fused.movedim(1, -1))
+        places = place_features(content.shape[1:4], self.strides[finest], content.device).to(content.dtype)
+        mask_features = torch.cat([content, places.expand(*content.shape[:4], -1)], -1).movedim(-1, 1)
         mask_features = _without(mask_features, padding.get(finest))
         return PixelDecoderOutput(levels, sizes, strides, is_padded, mask_features, self.strides[finest])
 

@@ -15,10 +15,11 @@ logger = logging.getLogger(__name__)
 
 CROWDED_SHARE = 0.8
 """Share of the capacity at which a block is taken for crowded: near it, one object's loss cannot be told."""
-LEAST_EXTENT = 12
-"""Voxels along the longest axis of a part that is not halved again."""
+MOST_HALVINGS = 3
+"""How often a part is halved at most: each costs one and a half times the voxels of the step before."""
 
-Found = dict[str, Tensor | list[Tensor]]
+Found = dict[str, Any]
+"""Tensors, and the list of mask logits."""
 
 
 def detect(
@@ -27,6 +28,7 @@ def detect(
     *,
     capacity: int | None,
     score_threshold: float,
+    halvings: int = MOST_HALVINGS,
 ) -> Found:
     """Instances of one image, on the CPU; in halves, and halves of these, where there are too many for one call.
 
@@ -38,11 +40,12 @@ def detect(
         image: [C, D, H, W].
         capacity: the most instances that one call can find; None for no limit.
         score_threshold: least score of an instance that counts towards a crowd.
+        halvings: how often the image may be halved; a warning says so where that was not enough.
 
     Returns:
         {"boxes" [M, 6] in the image's frame, "scores" [M], "classes" [M], "mask_logits": M tensors}.
     """
-    found = {
+    found: Found = {
         key: value.cpu() if isinstance(value, Tensor) else [tensor.cpu() for tensor in value]
         for key, value in network(image[None])[0].items()
     }
@@ -51,10 +54,10 @@ def detect(
         return found
     size = image.shape[1:]
     axis = max(range(3), key=lambda a: size[a])
-    if size[axis] <= LEAST_EXTENT:
+    if halvings == 0:
         logger.warning(
             "%d objects in a part of %s voxels, and the model has %d queries: objects may be lost; "
-            "train with more queries",
+            "raise num_queries or use smaller blocks",
             number,
             "x".join(map(str, size)),
             capacity,
@@ -69,9 +72,9 @@ def detect(
             image.narrow(axis + 1, start, end - start),
             capacity=capacity,
             score_threshold=score_threshold,
+            halvings=halvings - 1,
         )
         boxes = part["boxes"]
-        assert isinstance(boxes, Tensor)
         boxes[:, [axis, axis + 3]] += start
         centre = (boxes[:, axis] + boxes[:, axis + 3]) / 2
         halves.append(_rows(part, ((centre < middle) == is_lower).nonzero().squeeze(1)))
@@ -85,7 +88,5 @@ def _rows(found: Found, rows: Tensor) -> Found:
     }
 
 
-def _joined(first: Tensor | list[Tensor], second: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return torch.cat([first, second])
-    return [*first, *second]
+def _joined(first: Any, second: Any) -> Any:
+    return torch.cat([first, second]) if isinstance(first, Tensor) else [*first, *second]

@@ -21,8 +21,9 @@ class PixelDecoderOutput:
         strides: (z, y, x) voxels of a cell of each level.
         padding: bool [N, d, h, w] of each level, True for cells that hold no valid voxel of their image; None where
             all voxels of all images are valid.
-        mask_features: [N, Cm, D1, H1, W1]; a mask logit is their product with a query's mask embedding. Zero in the
-            padding, where every logit is then 0 and turns no neighbour's sign when interpolated.
+        mask_features: [N, Cm, D1, H1, W1]; a mask logit is their product with a query's mask embedding. The last
+            PLACE_CHANNELS of the Cm channels tell the place of the cell (place_kernel.py). Zero in the padding, where
+            every logit is then 0 and turns no neighbour's sign when interpolated.
         mask_stride: (z, y, x) voxels of a cell of the mask features.
     """
 

@@ -3,13 +3,24 @@
 from seg3d_monai.models.builders import maskrcnn3d, maskrcnn3d_r50, maskrcnn3d_r101, maskrcnn3d_tiny
 from seg3d_monai.models.mask_rcnn import MaskRCNN3d
 from seg3d_monai.models.mask_transformer import MaskTransformer3d
-from seg3d_monai.models.mask_transformer_builders import mask2former3d, maskdino3d
+from seg3d_monai.models.mask_transformer_builders import (
+    mask2former3d,
+    mask2former3d_r50,
+    mask2former3d_tiny,
+    maskdino3d,
+    maskdino3d_r50,
+    maskdino3d_tiny,
+)
 
 __all__ = [
     "MaskRCNN3d",
     "MaskTransformer3d",
     "mask2former3d",
+    "mask2former3d_r50",
+    "mask2former3d_tiny",
     "maskdino3d",
+    "maskdino3d_r50",
+    "maskdino3d_tiny",
     "maskrcnn3d",
     "maskrcnn3d_r50",
     "maskrcnn3d_r101",

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import nn
 
+from seg3d_monai.backbones import resnet_backbone
 from seg3d_monai.decoders import Denoising, Mask2FormerDecoder, MaskDINODecoder
 from seg3d_monai.heads import DeformablePixelDecoder
 from seg3d_monai.models.mask_transformer import MaskTransformer3d
@@ -151,4 +152,55 @@ def mask2former3d(
         num_queries=num_queries,
         has_no_object=True,
         score_threshold=score_threshold,
+    )
+
+
+def maskdino3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskTransformer3d:
+    """For CPUs: ResNet-10 of width 32, 64 channels, 2 + 3 layers."""
+    return maskdino3d(
+        backbone=resnet_backbone(depth=10, in_channels=in_channels, width=32),
+        num_classes=num_classes,
+        hidden=64,
+        mask_channels=64,
+        encoder_layers=2,
+        encoder_feedforward=128,
+        decoder_layers=3,
+        decoder_feedforward=256,
+        num_queries=200,
+        num_heads=4,
+    )
+
+
+def maskdino3d_r50(*, in_channels: int = 1, num_classes: int = 1) -> MaskTransformer3d:
+    """For GPUs: ResNet-50, 256 channels, 6 + 9 layers and 300 queries, as in the paper."""
+    return maskdino3d(
+        backbone=resnet_backbone(depth=50, in_channels=in_channels, activation_checkpointing=True),
+        num_classes=num_classes,
+        activation_checkpointing=True,
+    )
+
+
+def mask2former3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskTransformer3d:
+    """For CPUs: ResNet-10 of width 32, 64 channels, 2 + 3 layers, queries selected from the image."""
+    return mask2former3d(
+        backbone=resnet_backbone(depth=10, in_channels=in_channels, width=32),
+        num_classes=num_classes,
+        hidden=64,
+        mask_channels=64,
+        encoder_layers=2,
+        encoder_feedforward=128,
+        decoder_layers=3,
+        decoder_feedforward=256,
+        num_queries=200,
+        num_heads=4,
+        query_source="selected",
+    )
+
+
+def mask2former3d_r50(*, in_channels: int = 1, num_classes: int = 1) -> MaskTransformer3d:
+    """For GPUs: ResNet-50, 256 channels, 6 + 9 layers and 100 learned queries, as in the paper."""
+    return mask2former3d(
+        backbone=resnet_backbone(depth=50, in_channels=in_channels, activation_checkpointing=True),
+        num_classes=num_classes,
+        activation_checkpointing=True,
     )

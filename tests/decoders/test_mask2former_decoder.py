@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seg3d_monai.decoders import Mask2FormerDecoder
 from seg3d_monai.decoders.mask2former import pool_to_levels
 from seg3d_monai.heads import DeformablePixelDecoder
-from seg3d_monai.layers import PixelDecoderOutput, sine_positions
+from seg3d_monai.layers import PLACE_CHANNELS, PixelDecoderOutput, sine_positions
 
 SIZE = (5, 18, 26)
 STRIDES = [(1, 4, 4), (2, 8, 8), (4, 8, 16)]
@@ -25,7 +25,7 @@ def decoded(num_levels=3, valid=None, seed=0):
     torch.manual_seed(seed)
     strides = STRIDES[:num_levels]
     memory = [torch.randn(IMAGES, CHANNELS, *cells(stride)) for stride in strides]
-    masks = torch.randn(IMAGES, MASK_CHANNELS, *cells(MASK_STRIDE))
+    masks = torch.randn(IMAGES, MASK_CHANNELS + PLACE_CHANNELS, *cells(MASK_STRIDE))
     padding = None
     if valid is not None:
         *padding, fine = (
@@ -69,7 +69,7 @@ def test_names_and_shapes(source, num_levels):
     names = ["initial", "1", "2", "3", "4"]
     assert outputs["names"] == (["encoder", *names] if source == "selected" else names)
     assert outputs["class_logits"].shape == (len(outputs["names"]), IMAGES, 5, 3)
-    assert outputs["mask_embeds"].shape == (len(outputs["names"]), IMAGES, 5, MASK_CHANNELS)
+    assert outputs["mask_embeds"].shape == (len(outputs["names"]), IMAGES, 5, MASK_CHANNELS + PLACE_CHANNELS)
     assert outputs["mask_features"] is given.mask_features
     assert outputs["mask_stride"] == MASK_STRIDE
 
@@ -187,9 +187,10 @@ def test_images_of_a_batch_are_independent():
 def test_selected_queries_are_the_cells_of_the_best_foreground_class(valid):
     decoder, given = build(query_source="selected"), decoded(valid=valid)
     selection = decoder.selection
-    content, positions, (logits, embeds) = selection(given)
+    content, positions, centres, (logits, embeds) = selection(given)
     tokens = selection.projection(given.flat_memory)
-    every_logit, every_embed = (x.detach() for x in selection.head(tokens))
+    every_centre = given.centres.expand(IMAGES, -1, -1)
+    every_logit, every_embed = (x.detach() for x in selection.head(tokens, every_centre))
     share = torch.exp(every_logit) / torch.exp(every_logit).sum(-1, keepdim=True)
     for n in range(IMAGES):
         score = share[n, :, :2].amax(1)
@@ -198,6 +199,7 @@ def test_selected_queries_are_the_cells_of_the_best_foreground_class(valid):
         torch.testing.assert_close(logits[n], every_logit[n, best])
         torch.testing.assert_close(embeds[n], every_embed[n, best])
         torch.testing.assert_close(content[n], tokens[n, best])
+        assert torch.equal(centres[n], given.centres[best])
         torch.testing.assert_close(positions[n], selection.positions(sine_positions(given.centres[best], CHANNELS)))
     outputs = decoder(given)
     torch.testing.assert_close(outputs["class_logits"][0], logits)
@@ -211,7 +213,7 @@ def test_a_memory_of_fewer_cells_than_queries_gives_as_many_queries_as_cells():
     assert decoder(given)["class_logits"].shape == (6, IMAGES, count, 3)
     # Of one valid cell an image, all queries.
     given = decoded(1, valid=[(1, 3, 4), (5, 18, 26)])
-    _, positions, (logits, _) = decoder.selection(given)
+    _, positions, _, (logits, _) = decoder.selection(given)
     assert logits.shape == (IMAGES, count, 3)
     assert torch.equal(positions[0], positions[0, :1].expand(count, -1))
     assert len(positions[1].unique(dim=0)) == count

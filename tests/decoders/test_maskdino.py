@@ -6,18 +6,20 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from seg3d_monai.decoders import Denoising, MaskDINODecoder
 from seg3d_monai.decoders.query_selection import mask_boxes
-from seg3d_monai.layers import PixelDecoderOutput
+from seg3d_monai.layers import PLACE_CHANNELS, PixelDecoderOutput
+from seg3d_monai.layers.place_kernel import encode_places
 
 # An image of 6 x 10 x 14 voxels in two levels; mask features at the stride of the first.
 SIZES = [(6, 5, 7), (3, 3, 4)]
 STRIDES = [(1, 2, 2), (2, 4, 4)]
 CHANNELS, MASK_CHANNELS, CLASSES, QUERIES, LAYERS = 16, 6, 3, 9, 2
+ALL_MASK_CHANNELS = MASK_CHANNELS + PLACE_CHANNELS
 
 
 def make_decoded(images=2, seed=0, padding=None, requires_grad=False):
     generator = torch.Generator().manual_seed(seed)
     memory = [torch.randn(images, CHANNELS, *size, generator=generator) for size in SIZES]
-    mask_features = torch.randn(images, MASK_CHANNELS, *SIZES[0], generator=generator)
+    mask_features = torch.randn(images, ALL_MASK_CHANNELS, *SIZES[0], generator=generator)
     for tensor in (*memory, mask_features):
         tensor.requires_grad_(requires_grad)
     return PixelDecoderOutput(
@@ -73,14 +75,14 @@ def test_what_comes_out_in_training(content_queries):
     names = ["encoder", "initial", "1", "2"] if content_queries == "selected" else ["encoder", "1", "2"]
     assert outputs["names"] == names
     assert outputs["class_logits"].shape == (len(names), 2, QUERIES, CLASSES)
-    assert outputs["mask_embeds"].shape == (len(names), 2, QUERIES, MASK_CHANNELS)
+    assert outputs["mask_embeds"].shape == (len(names), 2, QUERIES, ALL_MASK_CHANNELS)
     assert outputs["boxes"].shape == (len(names), 2, QUERIES, 6)
     assert outputs["mask_features"] is decoded.mask_features
     assert outputs["mask_stride"] == (1, 2, 2)
     denoising = outputs["denoising"]
     assert denoising["target_index"].tolist() == [[0, 1, -2, -1, -1, -2] * 2, [0, 1, 2, -1, -1, -1] * 2]
     assert denoising["class_logits"].shape == (LAYERS, 2, 12, CLASSES)
-    assert denoising["mask_embeds"].shape == (LAYERS, 2, 12, MASK_CHANNELS)
+    assert denoising["mask_embeds"].shape == (LAYERS, 2, 12, ALL_MASK_CHANNELS)
     assert denoising["boxes"].shape == (LAYERS, 2, 12, 6)
     for part in (outputs, denoising):
         for key in PREDICTIONS:
@@ -266,6 +268,18 @@ def test_the_first_boxes_are_those_of_the_masks():
     assert not torch.equal(outputs["boxes"][1], outputs["boxes"][0])
     predicted = make(box_from_mask=False).eval()(decoded)
     assert torch.equal(predicted["boxes"][1], predicted["boxes"][0])
+
+
+def test_masks_lie_around_the_boxes():
+    """The end of an embedding is the kernel of place_kernel.py around the centre of the box of the same prediction."""
+    decoder = make().eval()
+    outputs = decoder(make_decoded())
+    boxes, embeds = outputs["boxes"], outputs["mask_embeds"]
+    for layer in range(len(outputs["names"])):
+        places = encode_places((boxes[layer, ..., :3] + boxes[layer, ..., 3:]) / 2)
+        gains = (embeds[layer, ..., MASK_CHANNELS:] * places).unflatten(-1, (3, 2, -1)).sum(-2)
+        # sin² + cos² = 1: what is left are the gains, which are positive.
+        assert (gains > 0).all()
 
 
 def test_boxes_stay_where_they_are_at_first():

@@ -6,6 +6,7 @@ from torch import nn
 
 from seg3d_monai.heads import DeformablePixelDecoder
 from seg3d_monai.heads.pixel_decoder import Fusion
+from seg3d_monai.layers import PLACE_CHANNELS, place_features
 
 CHANNELS = {"c1": 3, "c2": 4, "c3": 5, "c4": 6, "c5": 7}
 STRIDES = {"c1": (1, 2, 2), "c2": (1, 4, 4), "c3": (2, 8, 8), "c4": (4, 8, 16), "c5": (4, 16, 32)}
@@ -49,7 +50,9 @@ def test_sizes_strides_and_flat_views(memory, mask):
     assert decoded.strides == [STRIDES[level] for level in memory]
     assert decoded.sizes == [cells(SIZE, level) for level in memory]
     assert [tuple(m.shape) for m in decoded.memory] == [(2, 16, *size) for size in decoded.sizes]
-    assert decoded.mask_features.shape == (2, 6, *cells(SIZE, mask[0]))
+    assert decoded.mask_features.shape == (2, 6 + PLACE_CHANNELS, *cells(SIZE, mask[0]))
+    places = place_features(cells(SIZE, mask[0]), decoded.mask_stride, "cpu")
+    assert torch.equal(decoded.mask_features[1, 6:], places.movedim(-1, 0))
     assert decoded.mask_stride == STRIDES[mask[0]]
     assert decoded.padding is None
     assert decoded.flat_padding is None

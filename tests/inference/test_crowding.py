@@ -1,6 +1,7 @@
 """Crowded blocks are halved until a detector of few queries sees few objects at a time."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -31,14 +32,12 @@ class PointDetector(nn.Module):
         scores = image[tuple(places.T)]
         size = torch.tensor(image.shape)
         low, high = (places - 1).clamp(min=0), (places + 2).minimum(size)
-        masks = [torch.full(tuple((h - l).tolist()), 4.0) for l, h in zip(low, high, strict=True)]
-        boxes = torch.cat([low, high], 1).float()
         return [
             {
-                "boxes": boxes,
+                "boxes": torch.cat([low, high], 1).float(),
                 "scores": scores,
                 "classes": torch.zeros(len(places), dtype=torch.int64),
-                "mask_logits": masks,
+                "mask_logits": [torch.full(extent, 4.0) for extent in (high - low).tolist()],
             }
         ]
 
@@ -67,14 +66,13 @@ def test_what_fits_is_looked_at_once(number):
     assert network.seen == [SIZE]
 
 
-@pytest.mark.parametrize("number", [15, 40, 120])
+@pytest.mark.parametrize("number", [20, 40, 60])
 def test_a_crowd_is_found_whole_without_duplicates(number):
     image, places = crowd(number)
-    network = PointDetector(16)
-    found = detect(network, image, capacity=16, score_threshold=0.5)
+    network = PointDetector(24)
+    found = detect(network, image, capacity=24, score_threshold=0.5)
     assert centres(found) == places
     assert len(network.seen) > 1
-    assert min(max(size) for size in network.seen) >= 8
 
 
 def test_without_a_limit_nothing_is_split():
@@ -92,17 +90,19 @@ def test_only_what_counts_makes_a_crowd():
 
 
 def test_a_crowd_too_dense_to_split_is_said(caplog):
-    image = torch.full((1, 6, 8, 10), 0.9)
+    image = torch.full((1, 6, 8, 10), 0.9)  # 480 objects
     with caplog.at_level(logging.WARNING):
-        found = detect(PointDetector(10), image, capacity=10, score_threshold=0.5)
-    assert len(found["scores"]) == 10
-    assert "10 objects in a part of 6x8x10 voxels, and the model has 10 queries" in caplog.text
+        network = PointDetector(10)
+        found = detect(network, image, capacity=10, score_threshold=0.5)
+    assert 10 <= len(found["scores"]) <= 80  # at most what eight parts can hold
+    assert len(network.seen) == 1 + 2 + 4 + 8
+    assert re.search(r"10 objects in a part of \d+x\d+x\d+ voxels, and the model has 10 queries", caplog.text)
 
 
 def test_the_predictor_splits_by_itself():
     image, places = crowd(60)
     predictor = InstancePredictor(
-        network=PointDetector(16), score_threshold=0.5, intensity=Intensity(low=(0.0,), high=(1.0,))
+        network=PointDetector(24), score_threshold=0.5, intensity=Intensity(low=(0.0,), high=(1.0,))
     )
     instances = predictor(image, (0, 0, 0, *SIZE))
     assert len(instances) == 60

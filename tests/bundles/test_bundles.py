@@ -1,4 +1,4 @@
-"""The bundle maskrcnn3d: parses, satisfies MONAI's properties, trains, predicts, and refuses what is misspelt."""
+"""The bundles: they parse, satisfy MONAI's properties, train, predict, and refuse what is misspelt."""
 
 import json
 import subprocess
@@ -16,20 +16,31 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from seg3d_monai.cli import main
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "bundles" / "maskrcnn3d" / "configs"
+BUNDLES = ["maskrcnn3d", "maskdino3d", "mask2former3d"]
+CONFIGS = {name: ROOT / "bundles" / name / "configs" for name in BUNDLES}
 SCHEMAS = sorted((ROOT.parent / "shared" / "schemas").glob("meta_schema_*.json"))
-OVERLAYS = sorted((CONFIGS / "overlays").glob("*.json"))
+OVERLAYS = [(name, path.stem) for name in BUNDLES for path in sorted((CONFIGS[name] / "overlays").glob("*.json"))]
 SMALL = {
     "crop_size": [16, 32, 40],
     "backbone#width": 8,
-    "network_def#fpn_channels": 8,
-    "network_def#box_hidden": 16,
-    "network_def#mask_channels": 8,
     "train#dataset#num_samples": 4,
     "train#trainer#max_epochs": 1,
     "amp": "off",
 }
-"""Overrides that make a training of two steps."""
+"""Overrides that make a training of two steps, and below those of each network."""
+SMALL_TRANSFORMER = {
+    "num_queries": 12,
+    "network_def#hidden": 16,
+    "network_def#mask_channels": 8,
+    "network_def#encoder_feedforward": 16,
+    "network_def#decoder_feedforward": 16,
+}
+SMALL_NETWORK = {
+    "maskrcnn3d": {"network_def#fpn_channels": 8, "network_def#box_hidden": 16, "network_def#mask_channels": 8},
+    "maskdino3d": SMALL_TRANSFORMER,
+    "mask2former3d": SMALL_TRANSFORMER,
+}
+bundles = pytest.mark.parametrize("bundle", BUNDLES)
 
 
 def run_bundle(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -67,16 +78,19 @@ def write_dataset(folder: Path, channels: int = 1, classes: int = 1) -> Path:
     return folder
 
 
+@bundles
 @pytest.mark.parametrize(
     ("workflow_type", "name"), [("train", "train.json"), ("infer", "inference.json")], ids=["train", "inference"]
 )
-def test_properties_are_complete(workflow_type: str, name: str, tmp_path: Path) -> None:
+def test_properties_are_complete(bundle: str, workflow_type: str, name: str, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "data")
     run = {"dataset_dir": str(dataset), "output_dir": str(tmp_path / "run")}
-    extra = run | SMALL if name == "train.json" else {}  # an inference has no input, output or weights yet
+    extra = (
+        run | SMALL | SMALL_NETWORK[bundle] if name == "train.json" else {}
+    )  # an inference has no input, output or weights yet
     workflow = ConfigWorkflow(
-        config_file=str(CONFIGS / name),
-        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=str(CONFIGS[bundle] / name),
+        meta_file=str(CONFIGS[bundle] / "metadata.json"),
         logging_file=False,
         workflow_type=workflow_type,
         **extra,
@@ -85,24 +99,37 @@ def test_properties_are_complete(workflow_type: str, name: str, tmp_path: Path) 
     assert workflow.check_properties() == []
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)
-def test_each_overlay_passes_the_strict_check(overlay: Path) -> None:
+@pytest.mark.parametrize(("bundle", "overlay"), OVERLAYS)
+def test_each_overlay_passes_the_strict_check(bundle: str, overlay: str) -> None:
     from seg3d_monai.engine import check_config
 
     parser = ConfigParser()
-    parser.read_config([str(CONFIGS / "train.json"), str(overlay)])
+    parser.read_config([str(CONFIGS[bundle] / "train.json"), str(CONFIGS[bundle] / "overlays" / f"{overlay}.json")])
     parser.parse()
     check_config(parser=parser)
 
 
-def test_inference_describes_the_same_network_as_training() -> None:
-    train, inference = (json.loads((CONFIGS / name).read_text()) for name in ("train.json", "inference.json"))
+@bundles
+def test_inference_describes_the_same_network_as_training(bundle: str) -> None:
+    train, inference = (json.loads((CONFIGS[bundle] / name).read_text()) for name in ("train.json", "inference.json"))
     for key in ("backbone", "network_def"):
         assert train[key] == inference[key]
 
 
-def test_metadata_fits_the_model_zoo() -> None:
-    meta = json.loads((CONFIGS / "metadata.json").read_text())
+@pytest.mark.parametrize("name", ["train.json", "inference.json"])
+def test_bundles_differ_in_network_and_loss_only(name: str) -> None:
+    own = {
+        *("bundle_root", "output_dir", "checkpoint", "num_queries", "network_def", "loss"),
+        *("score_threshold", "block_size"),
+    }
+    first, *others = (json.loads((CONFIGS[bundle] / name).read_text()) for bundle in BUNDLES)
+    for other in others:
+        assert {k: v for k, v in other.items() if k not in own} == {k: v for k, v in first.items() if k not in own}
+
+
+@bundles
+def test_metadata_fits_the_model_zoo(bundle: str) -> None:
+    meta = json.loads((CONFIGS[bundle] / "metadata.json").read_text())
     assert meta["required_packages_version"]["seg3d_monai"]
     assert set(meta["network_data_format"]) == {"inputs", "outputs"}
     for key in ("version", "changelog", "monai_version", "pytorch_version", "numpy_version", "task", "description"):
@@ -110,17 +137,22 @@ def test_metadata_fits_the_model_zoo() -> None:
 
 
 @pytest.mark.skipif(not SCHEMAS, reason="the model zoo's published schema is not beside the project")
-def test_metadata_satisfies_the_published_schema() -> None:
-    jsonschema.validate(json.loads((CONFIGS / "metadata.json").read_text()), json.loads(SCHEMAS[0].read_text()))
+@bundles
+def test_metadata_satisfies_the_published_schema(bundle: str) -> None:
+    jsonschema.validate(json.loads((CONFIGS[bundle] / "metadata.json").read_text()), json.loads(SCHEMAS[0].read_text()))
 
 
-@pytest.mark.parametrize(("channels", "classes"), [(1, 1), (2, 2)])
-def test_trains_evaluates_and_predicts(tmp_path: Path, channels: int, classes: int) -> None:
+@pytest.mark.parametrize(
+    ("bundle", "channels", "classes"),
+    [("maskrcnn3d", 1, 1), ("maskrcnn3d", 2, 2), ("maskdino3d", 2, 2), ("mask2former3d", 2, 2)],
+)
+def test_trains_evaluates_and_predicts(tmp_path: Path, bundle: str, channels: int, classes: int) -> None:
     dataset = write_dataset(tmp_path / "data", channels, classes)
     run = tmp_path / "run"
-    network = {"in_channels": channels, "num_classes": classes}
+    configs = CONFIGS[bundle]
+    network = {"in_channels": channels, "num_classes": classes, **SMALL_NETWORK[bundle]}
     arguments = [
-        *("training", "--config_file", str(CONFIGS / "train.json"), "--dataset_dir", str(dataset)),
+        *("training", "--config_file", str(configs / "train.json"), "--dataset_dir", str(dataset)),
         *("--output_dir", str(run), *overrides(SMALL | network)),
     ]
     done = run_bundle(*arguments, cwd=tmp_path)
@@ -129,7 +161,7 @@ def test_trains_evaluates_and_predicts(tmp_path: Path, channels: int, classes: i
     assert {p.name for p in run.iterdir()} >= {"model.pt", "last.pt", "best.pt", "validation.csv", "config.json"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run"]
 
-    both = f"['{CONFIGS / 'train.json'}','{CONFIGS / 'evaluate.json'}']"
+    both = f"['{configs / 'train.json'}','{configs / 'evaluate.json'}']"
     arguments[:3] = ["evaluating", "--config_file", both]
     done = run_bundle(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -139,7 +171,7 @@ def test_trains_evaluates_and_predicts(tmp_path: Path, channels: int, classes: i
     small = {key: value for key, value in SMALL.items() if key.startswith(("backbone", "network_def", "amp"))}
     output = tmp_path / "out.zarr"
     done = run_bundle(
-        *("--config_file", str(CONFIGS / "inference.json"), "--input", str(dataset / "v3" / "image.tif")),
+        *("--config_file", str(configs / "inference.json"), "--input", str(dataset / "v3" / "image.tif")),
         *("--output", str(output), "--checkpoint", str(run / "model.pt"), "--axes", "CZYX" if channels > 1 else "ZYX"),
         *("--spacing", "[2,0.8,0.8]", "--block_size", "[8,20,24]", "--halo", "[4,8,8]", "--score_threshold", "0.0"),
         *overrides(small | network),
@@ -163,7 +195,13 @@ def test_trains_evaluates_and_predicts(tmp_path: Path, channels: int, classes: i
 )
 def test_a_misspelt_override_is_refused_before_anything_is_written(tmp_path: Path, flag: str, nearest: str) -> None:
     done = run_bundle(
-        *("training", "--config_file", str(CONFIGS / "train.json"), "--output_dir", str(tmp_path / "run")),
+        *(
+            "training",
+            "--config_file",
+            str(CONFIGS["maskrcnn3d"] / "train.json"),
+            "--output_dir",
+            str(tmp_path / "run"),
+        ),
         *(f"--{flag}", "3"),
         cwd=tmp_path,
     )
@@ -174,10 +212,10 @@ def test_a_misspelt_override_is_refused_before_anything_is_written(tmp_path: Pat
 
 def test_a_misspelt_section_on_the_way_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--output_dir", str(tmp_path / "run"), "--train#datset#seed", "3"]
-    assert main(["train", str(CONFIGS.parent), *flags]) == 2
+    assert main(["train", str(CONFIGS["maskrcnn3d"].parent), *flags]) == 2
     assert "did you mean --train#dataset?" in capsys.readouterr().err
     # MONAI applies overrides before it evaluates anything of the bundle, so there it has the word.
-    done = run_bundle("training", "--config_file", str(CONFIGS / "train.json"), *flags, cwd=tmp_path)
+    done = run_bundle("training", "--config_file", str(CONFIGS["maskrcnn3d"] / "train.json"), *flags, cwd=tmp_path)
     assert done.returncode != 0
     assert "datset" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
