@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seg3d_monai.decoders.query_selection import best_tokens
 from seg3d_monai.layers import (
     MLP,
     PLACE_CHANNELS,
@@ -136,12 +137,7 @@ class CellQueries(nn.Module):
         # Not under no_grad: autocast of torch 2.10 keeps the weights that it casts there, without a gradient.
         logits = self.head.class_logits(self.head.norm(self.projection(memory))).detach().float()
         score = logits.softmax(-1)[..., :-1].amax(-1)
-        if padding is None:
-            return score.topk(min(self.num_queries, score.shape[1]), 1).indices
-        best = score.masked_fill(padding, -1).topk(min(self.num_queries, score.shape[1]), 1).indices
-        last = (~padding).sum(1, keepdim=True) - 1
-        rank = torch.arange(best.shape[1], device=best.device)
-        return best.gather(1, torch.minimum(rank, last).clamp(min=0))
+        return best_tokens(score, self.num_queries, padding)
 
 
 class Mask2FormerDecoder(nn.Module):

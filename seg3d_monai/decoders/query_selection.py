@@ -79,13 +79,7 @@ class QuerySelection(nn.Module):
         # All tokens are scored, but only the chosen ones go back to the memory, so that the backward pass is short. Not
         # under no_grad: autocast of torch 2.10 keeps the weights it casts there, which would have no gradient below.
         scores = self.class_logits(self.project(memory.detach())).detach().float().amax(-1)
-        if padding is not None:
-            scores = scores.masked_fill(padding, -torch.inf)
-        chosen = scores.topk(min(self.num_queries, scores.shape[1]), 1).indices
-        if padding is not None:
-            last = (~padding).sum(1, keepdim=True) - 1
-            rank = torch.arange(chosen.shape[1], device=chosen.device)
-            chosen = chosen.gather(1, torch.minimum(rank, last).clamp(min=0))
+        chosen = best_tokens(scores, self.num_queries, padding)
         tokens = self.project(_rows(memory, chosen))
         boxes = refine_boxes(self.box_deltas(tokens), self._anchors(centres, sizes, strides)[chosen])
         return SelectedQueries(tokens, self.class_logits(tokens).float(), boxes)
@@ -96,6 +90,26 @@ class QuerySelection(nn.Module):
         halves = (torch.tensor(strides) * (self.anchor_cells / 2)).to(centres, non_blocking=True)
         half = torch.cat([row.expand(d * h * w, 3) for (d, h, w), row in zip(sizes, halves, strict=True)])
         return torch.cat([centres - half, centres + half], 1)
+
+
+def best_tokens(scores: Tensor, num_queries: int, padding: Tensor | None) -> Tensor:
+    """The tokens of highest score of each image, best first.
+
+    Args:
+        scores: [N, S].
+        num_queries: Q, how many; all where there are fewer.
+        padding: bool [N, S], True for a token that must not be chosen.
+
+    Returns:
+        int64 [N, Q]; an image with fewer tokens outside the padding than Q repeats its last one.
+    """
+    count = min(num_queries, scores.shape[1])
+    if padding is None:
+        return scores.topk(count, 1).indices
+    chosen = scores.masked_fill(padding, -torch.inf).topk(count, 1).indices
+    last = (~padding).sum(1, keepdim=True) - 1
+    rank = torch.arange(count, device=chosen.device)
+    return chosen.gather(1, torch.minimum(rank, last).clamp(min=0))
 
 
 def class_head(channels: int, num_classes: int) -> nn.Linear:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from seg3d_monai.layers.position import sine_positions
+from seg3d_monai.layers.position import level_positions, sine_positions
 
 PAIRS = 6
 PLACE_CHANNELS = 3 * 2 * PAIRS
@@ -31,14 +31,8 @@ def encode_places(places: Tensor) -> Tensor:
 
 def place_features(size: Sequence[int], stride: Sequence[int], device: torch.device | str) -> Tensor:
     """`encode_places` of the centres of all cells of a level, [d, h, w, PLACE_CHANNELS] float32."""
-    parts = []
-    for axis, (n, s) in enumerate(zip(size, stride, strict=True)):
-        centres = (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * s
-        row = sine_positions(centres[:, None], 2 * PAIRS, min_wavelength=MIN_WAVELENGTH, max_wavelength=MAX_WAVELENGTH)
-        shape = [1, 1, 1, 2 * PAIRS]
-        shape[axis] = n
-        parts.append(row.view(shape).expand(*size, -1))
-    return torch.cat(parts, -1)
+    wavelengths = {"min_wavelength": MIN_WAVELENGTH, "max_wavelength": MAX_WAVELENGTH}
+    return level_positions(size, stride, PLACE_CHANNELS, device, **wavelengths).unflatten(0, tuple(size))
 
 
 class PlaceEmbedding(nn.Module):

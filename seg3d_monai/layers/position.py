@@ -62,13 +62,26 @@ def level_centres(size: Sequence[int], stride: Sequence[int], device: torch.devi
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
-def level_positions(size: Sequence[int], stride: Sequence[int], channels: int, device: torch.device | str) -> Tensor:
+def level_positions(
+    size: Sequence[int],
+    stride: Sequence[int],
+    channels: int,
+    device: torch.device | str,
+    *,
+    min_wavelength: float = MIN_WAVELENGTH,
+    max_wavelength: float = MAX_WAVELENGTH,
+) -> Tensor:
     """`sine_positions` of `level_centres`, [d * h * w, channels] float32, with sines of one row an axis only."""
     if channels < 6:
         raise ValueError(f"channels is {channels}; give at least 6, a sine and a cosine for each axis")
     parts = []
     for axis, (n, s) in enumerate(zip(size, stride, strict=True)):
-        row = sine_positions(_axis_centres(n, s, device)[:, None], channels // 6 * 2)
+        row = sine_positions(
+            _axis_centres(n, s, device)[:, None],
+            channels // 6 * 2,
+            min_wavelength=min_wavelength,
+            max_wavelength=max_wavelength,
+        )
         shape = [1, 1, 1, row.shape[1]]
         shape[axis] = n
         parts.append(row.view(shape).expand(*size, -1))
