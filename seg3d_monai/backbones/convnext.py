@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seg3d_monai.backbones.patches import ChannelNorm, PatchConv
+from seg3d_monai.backbones.patches import PatchConv
 from seg3d_monai.backbones.resnet import DEFAULT_STRIDES, Axes
+from seg3d_monai.layers import ChannelNorm
 from seg3d_monai.layers.conv import check_axes
 
 

@@ -1,7 +1,4 @@
-"""Convolutions whose patches are centred on the cells of their output, and a norm that looks at one cell at a time.
-
-A norm over whole maps would answer differently in a block of another size than the training crops; this one does not.
-"""
+"""Convolutions whose patches are centred on the cells of their output."""
 
 from collections.abc import Sequence
 
@@ -34,14 +31,6 @@ class PatchConv(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, D, H, W] -> [N, out_channels, ceil(D/sz), ceil(H/sy), ceil(W/sx)]."""
         return super().forward(pad_to_multiple(x, self.stride))
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each cell of [N, C, D, H, W]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, D, H, W] -> the same."""
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:

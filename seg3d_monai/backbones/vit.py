@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seg3d_monai.backbones.patches import ChannelNorm, PatchConv
+from seg3d_monai.backbones.patches import PatchConv
 from seg3d_monai.backbones.resnet import Axes
+from seg3d_monai.layers import ChannelNorm
 from seg3d_monai.layers.conv import check_axes
 from seg3d_monai.layers.position import level_centres, sine_positions
 

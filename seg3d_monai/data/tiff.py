@@ -65,13 +65,13 @@ class TiffArray(StoredArray):
         if not 0 <= level < len(series.levels):
             raise TiffStackError(f"{self.location}: level={level} is not there; choose 0 to {len(series.levels) - 1}")
         spacing_um = _spacing_um(tif, series)
-        base_shape = dict(zip(series.get_axes(False), series.get_shape(False), strict=True))
+        base_shape = dict(zip(*_full(series), strict=True))
         series = series.levels[level]
         if series.transform is not None:
             raise TiffStackError(
                 f"{self.location}: TIFF of kind {series.kind!r} is not supported; convert it to OME-TIFF"
             )
-        self.shape = tuple(int(n) for n in series.get_shape(False))
+        self.shape = _full(series)[1]
         keyframe = series.keyframe
         if keyframe.dtype is None:
             raise TiffStackError(f"{self.location}: pixel type of {keyframe.bitspersample} bits is not supported")
@@ -278,10 +278,19 @@ def _map(path: str) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def _full(series: tifffile.TiffPageSeries) -> tuple[str, tuple[int, ...]]:
+    """Axes and shape of a series with those of length 1, which older tifffile leaves out of its attributes."""
+    if hasattr(series, "get_axes"):
+        axes, shape = series.get_axes(squeeze=False), series.get_shape(squeeze=False)
+    else:
+        axes, shape = series.axes, series.shape
+    return axes, tuple(int(n) for n in shape)
+
+
 def _axes(series: tifffile.TiffPageSeries) -> str:
     """The series' axis letters; `?` for those that tifffile made up or that the writer left at their default."""
     letters = []
-    for letter, extent in zip(series.get_axes(False), series.get_shape(False), strict=True):
+    for letter, extent in zip(*_full(series), strict=True):
         # OME and ImageJ always have a Z; one of length 1 says nothing, and stacks are often saved as time or channels.
         is_default_z = letter == "Z" and extent == 1 and series.kind in ("ome", "imagej")
         letters.append(letter if letter in "TCZYXS" and not is_default_z else UNKNOWN_AXIS)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seg3d_monai.decoders.query_selection import best_tokens
+from seg3d_monai.decoders.query_selection import SelectedTokens, TokenSelection
 from seg3d_monai.layers import (
     MLP,
     PLACE_CHANNELS,
@@ -104,8 +104,6 @@ class Mask2FormerLayer(nn.Module):
 class CellQueries(nn.Module):
     """Queries from the memory's most promising cells, as in two-stage detectors (Deformable DETR, Mask DINO).
 
-    An image with fewer cells outside the padding than queries repeats its last one.
-
     Args:
         channels: channels of memory and queries.
         mask_channels: channels of the mask features.
@@ -115,29 +113,18 @@ class CellQueries(nn.Module):
 
     def __init__(self, *, channels: int, mask_channels: int, num_classes: int, num_queries: int) -> None:
         super().__init__()
-        self.num_queries = num_queries
-        self.projection = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
+        self.selection = TokenSelection(channels=channels, num_classes=num_classes, num_queries=num_queries)
         self.head = PredictionHead(
             channels=channels, mask_channels=mask_channels, num_classes=num_classes, has_centres=True
         )
         self.positions = MLP(in_channels=channels, hidden=channels, out_channels=channels, num_layers=2)
 
-    def forward(self, decoded: PixelDecoderOutput) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Memory -> content and positions [N, Q, C], centres [N, Q, 3] in voxels, and the chosen cells' prediction."""
-        memory = decoded.flat_memory
-        chosen = self._best(memory.detach(), decoded.flat_padding)
-        content = self.projection(memory.gather(1, chosen[..., None].expand(-1, -1, memory.shape[2])))
-        centres = decoded.centres[chosen]
-        positions = self.positions(sine_positions(centres, memory.shape[2]).to(content.dtype))
-        # As in Mask DINO, what the decoder learns does not disturb the cells' own prediction.
-        return content.detach(), positions, centres, self.head(content, centres)
-
-    def _best(self, memory: Tensor, padding: Tensor | None) -> Tensor:
-        """Indices [N, Q] of the cells that are most surely of a foreground class, best first."""
-        # Not under no_grad: autocast of torch 2.10 keeps the weights that it casts there, without a gradient.
-        logits = self.head.class_logits(self.head.norm(self.projection(memory))).detach().float()
-        score = logits.softmax(-1)[..., :-1].amax(-1)
-        return best_tokens(score, self.num_queries, padding)
+    def forward(self, decoded: PixelDecoderOutput) -> tuple[SelectedTokens, Tensor, tuple[Tensor, Tensor]]:
+        """Memory -> the chosen cells, their positions [N, Q, C] and their prediction."""
+        selected = self.selection(decoded)
+        tokens, centres = selected.tokens, selected.centres
+        positions = self.positions(sine_positions(centres, tokens.shape[2]).to(tokens.dtype))
+        return selected, positions, self.head(tokens, centres)
 
 
 class Mask2FormerDecoder(nn.Module):
@@ -215,17 +202,21 @@ class Mask2FormerDecoder(nn.Module):
         Returns:
             {"names": of the L predictions, in order: "encoder" (where queries are selected), "initial", "1", "2", ...;
             "class_logits" float32 [L, N, Q, K + 1], the last of them "no object"; "mask_embeds" float32 [L, N, Q, Cm];
-            "mask_features" [N, Cm, D1, H1, W1]; "mask_stride"}. The mask logit of a query at a place is the product of
-            its mask embedding and the mask features there.
+            "mask_features" [N, Cm, D1, H1, W1]; "mask_stride"; "tokens", where queries are selected, see
+            `SelectedTokens.scored`}. The mask logit of a query at a place is the product of its mask embedding and the
+            mask features there.
 
         Raises:
             ValueError: another number of levels than `num_levels`.
         """
         if len(decoded.memory) != self.num_levels:
             raise ValueError(f"the memory has {len(decoded.memory)} levels; build the decoder with num_levels of them")
-        names, predictions, centres = ["initial"], [], None
+        names, predictions, centres, scored = ["initial"], [], None, {}
         if self.query_source == "selected":
-            queries, positions, centres, prediction = self.selection(decoded)
+            selected, positions, prediction = self.selection(decoded)
+            # As in Mask DINO, what the decoder learns does not disturb the cells' own prediction.
+            queries, centres = selected.tokens.detach(), selected.centres
+            scored["tokens"] = selected.scored
             names.insert(0, "encoder")
             predictions.append(prediction)
         else:
@@ -246,6 +237,7 @@ class Mask2FormerDecoder(nn.Module):
             "mask_embeds": torch.stack(mask_embeds),
             "mask_features": decoded.mask_features,
             "mask_stride": decoded.mask_stride,
+            **scored,
         }
 
     def _levels(self, decoded: PixelDecoderOutput) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seg3d_monai.decoders.denoising import Denoising, DenoisingQueries
 from seg3d_monai.decoders.query_selection import (
     QuerySelection,
-    SelectedQueries,
+    SelectedTokens,
     box_head,
     class_head,
     mask_boxes,
@@ -193,22 +193,21 @@ class MaskDINODecoder(nn.Module):
         Returns:
             "names" of L predictions, "encoder", with selected content "initial", then "1", "2", ...; float32
             "class_logits" [L, N, Q, K], "mask_embeds" [L, N, Q, Cm], "boxes" [L, N, Q, 6] in voxels;
-            "mask_features", "mask_stride" as they came in. In training with denoising and an instance in the batch
-            also "denoising": the same three [num_layers, N, T, ...] of the denoising queries after every layer, and
-            "target_index" int64 [N, T], the true instance, -1 for a negative query, -2 for padding.
+            "mask_features", "mask_stride" as they came in; "tokens", see `SelectedTokens.scored`. In training with
+            denoising and an instance in the batch also "denoising": the same three [num_layers, N, T, ...] of the
+            denoising queries after every layer, and "target_index" int64 [N, T], the true instance, -1 for a negative
+            query, -2 for padding.
 
         Raises:
             ValueError: training mode with denoising, but without targets.
         """
-        selected = self.selection(
-            decoded.flat_memory, decoded.centres, decoded.sizes, decoded.strides, decoded.flat_padding
-        )
-        boxes = selected.boxes.detach()
+        selected, first_boxes = self.selection(decoded)
+        boxes = first_boxes.detach()
         embeds = self.heads.masks(selected.tokens, boxes)
         if self.box_from_mask:
             boxes = mask_boxes(embeds, decoded.mask_features, decoded.mask_stride, boxes)
         content = self._first_content(selected)
-        names, predictions = ["encoder"], [Prediction(selected.class_logits, embeds, selected.boxes)]
+        names, predictions = ["encoder"], [Prediction(selected.class_logits, embeds, first_boxes)]
         if self.content is None:
             names.append("initial")
             logits, _ = self.heads.classes_and_deltas(content)
@@ -224,6 +223,7 @@ class MaskDINODecoder(nn.Module):
             outputs = _stack(predictions + [p.of(slice(None, queries)) for p in refined])
             outputs["denoising"] = _stack([p.of(slice(queries, None)) for p in refined])
             outputs["denoising"]["target_index"] = noised.target_index
+        outputs["tokens"] = selected.scored
         outputs["names"] = names + [str(i + 1) for i in range(len(self.layers))]
         outputs["mask_features"] = decoded.mask_features
         outputs["mask_stride"] = decoded.mask_stride
@@ -247,7 +247,7 @@ class MaskDINODecoder(nn.Module):
             boxes = refine_boxes(deltas, references)
         return predictions
 
-    def _first_content(self, selected: SelectedQueries) -> Tensor:
+    def _first_content(self, selected: SelectedTokens) -> Tensor:
         if self.content is None:
             return selected.tokens.detach()
         images, queries, _ = selected.tokens.shape

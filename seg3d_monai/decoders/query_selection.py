@@ -1,7 +1,7 @@
 """Two-stage query selection (DINO, Zhang et al. 2022; Mask DINO, Li et al. 2023): which memory tokens become queries.
 
-Every token says how likely it lies in an object; the best become queries, each with a box around its cell. Mask DINO
-replaces these boxes by the tight boxes of the tokens' first masks. Must not know true instances.
+Every token says how likely it is the middle of an object; the best become queries, each with a box around its cell.
+Mask DINO replaces these boxes by the tight boxes of the tokens' first masks. Must not know true instances.
 """
 
 import math
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seg3d_monai.layers import MLP
+from seg3d_monai.layers import MLP, PixelDecoderOutput
 from seg3d_monai.ops.boxes import MAX_LOG_RATIO
 
 Axes = tuple[int, int, int]
@@ -21,22 +22,32 @@ CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class SelectedQueries:
+class SelectedTokens:
     """The best tokens of each image, best first; Q is the number asked for, or of all tokens where that is less.
 
     Args:
         tokens: [N, Q, C], projected and normed, with gradient.
         class_logits: float32 [N, Q, K].
-        boxes: float32 [N, Q, 6], voxels.
+        centres: float32 [N, Q, 3], centres of their cells, voxels.
+        extents: float32 [N, Q, 3], extents that an object of their level has, voxels.
+        scored: what is known of all S tokens, for the loss that trains the choice: "class_logits" float32 [N, S, K],
+            "centres" and "extents" [S, 3], "padding" bool [N, S] or None.
     """
 
     tokens: Tensor
     class_logits: Tensor
-    boxes: Tensor
+    centres: Tensor
+    extents: Tensor
+    scored: dict[str, Tensor | None]
 
 
-class QuerySelection(nn.Module):
-    """Chooses the memory tokens of highest class score and predicts their boxes.
+class TokenSelection(nn.Module):
+    """Chooses the memory tokens that most surely are the middle of an object, one for each object.
+
+    Published selections take the tokens of highest score. Half a dozen tokens of a nucleus score nearly alike, and in a
+    crowd the queries are used up on a few nuclei. Here a token that scores less than one of the 26 around it comes
+    after all those that do not, and the criterion trains the scores of all tokens, as those of a heat map of centres
+    (CenterNet, Zhou et al. 2019); so queries are where objects are after some hundred steps.
 
     An image with fewer tokens outside the padding than queries repeats its last one.
 
@@ -44,69 +55,100 @@ class QuerySelection(nn.Module):
         channels: C of the memory.
         num_classes: K foreground classes.
         num_queries: tokens chosen of each image.
-        anchor_cells: extent of a token's base box, in cells of its level; the predicted box is refined from it.
+        anchor_cells: extent of an object of a level, in cells of the level.
     """
 
-    def __init__(self, *, channels: int, num_classes: int, num_queries: int, anchor_cells: float) -> None:
+    def __init__(self, *, channels: int, num_classes: int, num_queries: int, anchor_cells: float = 4.0) -> None:
         super().__init__()
         self.num_queries = num_queries
         self.anchor_cells = anchor_cells
         self.project = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
         self.class_logits = class_head(channels, num_classes)
-        self.box_deltas = box_head(channels)
 
     def extra_repr(self) -> str:
         """The settings, for `repr`: no weight tells them."""
         return f"num_queries={self.num_queries}, anchor_cells={self.anchor_cells}"
 
-    def forward(
-        self,
-        memory: Tensor,
-        centres: Tensor,
-        sizes: Sequence[Axes],
-        strides: Sequence[Axes],
-        padding: Tensor | None = None,
-    ) -> SelectedQueries:
-        """The best tokens.
+    def forward(self, decoded: PixelDecoderOutput) -> SelectedTokens:
+        """The best tokens of a pixel decoder's memory."""
+        projected = self.project(decoded.flat_memory)
+        logits = self.class_logits(projected).float()
+        scores = logits.detach().sigmoid().amax(-1)
+        if decoded.flat_padding is not None:
+            scores = scores.masked_fill(decoded.flat_padding, -torch.inf)
+        chosen = best_tokens(scores + local_maxima(scores, decoded.sizes), self.num_queries, decoded.flat_padding)
+        extents = self.anchor_cells * decoded.cell_sizes
+        return SelectedTokens(
+            tokens=_rows(projected, chosen),
+            class_logits=_rows(logits, chosen),
+            centres=decoded.centres[chosen],
+            extents=extents[chosen],
+            scored={
+                "class_logits": logits,
+                "centres": decoded.centres,
+                "extents": extents,
+                "padding": decoded.flat_padding,
+            },
+        )
 
-        Args:
-            memory: [N, S, C], level after level.
-            centres: [S, 3] centre of each token's cell, voxels.
-            sizes: (d, h, w) of each level, cells.
-            strides: (z, y, x) stride of each level, voxels.
-            padding: bool [N, S], True for a token outside the image, which is never chosen.
-        """
-        # All tokens are scored, but only the chosen ones go back to the memory, so that the backward pass is short. Not
-        # under no_grad: autocast of torch 2.10 keeps the weights it casts there, which would have no gradient below.
-        scores = self.class_logits(self.project(memory.detach())).detach().float().amax(-1)
-        chosen = best_tokens(scores, self.num_queries, padding)
-        tokens = self.project(_rows(memory, chosen))
-        boxes = refine_boxes(self.box_deltas(tokens), self._anchors(centres, sizes, strides)[chosen])
-        return SelectedQueries(tokens, self.class_logits(tokens).float(), boxes)
 
-    def _anchors(self, centres: Tensor, sizes: Sequence[Axes], strides: Sequence[Axes]) -> Tensor:
-        """Base boxes [S, 6] around the tokens' centres."""
-        # Not blocking: a copy from the host would otherwise wait for all the work that the device still has to do.
-        halves = (torch.tensor(strides) * (self.anchor_cells / 2)).to(centres, non_blocking=True)
-        half = torch.cat([row.expand(d * h * w, 3) for (d, h, w), row in zip(sizes, halves, strict=True)])
-        return torch.cat([centres - half, centres + half], 1)
+class QuerySelection(nn.Module):
+    """The selected tokens and the box that each predicts.
+
+    Args:
+        channels: C of the memory.
+        num_classes, num_queries, anchor_cells: see `TokenSelection`; a predicted box is refined from a base box around
+            the token's cell, of the extent that an object of its level has.
+    """
+
+    def __init__(self, *, channels: int, num_classes: int, num_queries: int, anchor_cells: float) -> None:
+        super().__init__()
+        self.selection = TokenSelection(
+            channels=channels, num_classes=num_classes, num_queries=num_queries, anchor_cells=anchor_cells
+        )
+        self.box_deltas = box_head(channels)
+
+    def forward(self, decoded: PixelDecoderOutput) -> tuple[SelectedTokens, Tensor]:
+        """Memory -> the chosen tokens and their boxes, float32 [N, Q, 6], voxels."""
+        selected = self.selection(decoded)
+        half = selected.extents / 2
+        anchors = torch.cat([selected.centres - half, selected.centres + half], -1)
+        return selected, refine_boxes(self.box_deltas(selected.tokens), anchors)
+
+
+@torch.no_grad()
+def local_maxima(scores: Tensor, sizes: Sequence[Axes]) -> Tensor:
+    """Which tokens score at least as much as each of the 26 around them on their level.
+
+    Args:
+        scores: [N, S], level after level.
+        sizes: (d, h, w) of each level, cells.
+
+    Returns:
+        bool [N, S].
+    """
+    found = []
+    for level, size in zip(scores.split([d * h * w for d, h, w in sizes], 1), sizes, strict=True):
+        grid = level.unflatten(1, size)
+        found.append((grid >= F.max_pool3d(grid, 3, stride=1, padding=1)).flatten(1))
+    return torch.cat(found, 1)
 
 
 def best_tokens(scores: Tensor, num_queries: int, padding: Tensor | None) -> Tensor:
     """The tokens of highest score of each image, best first.
 
     Args:
-        scores: [N, S].
+        scores: [N, S], -inf for a token that must not be chosen.
         num_queries: Q, how many; all where there are fewer.
-        padding: bool [N, S], True for a token that must not be chosen.
+        padding: bool [N, S], True for the tokens of -inf; None where there are none.
 
     Returns:
         int64 [N, Q]; an image with fewer tokens outside the padding than Q repeats its last one.
     """
     count = min(num_queries, scores.shape[1])
+    chosen = scores.topk(count, 1).indices
     if padding is None:
-        return scores.topk(count, 1).indices
-    chosen = scores.masked_fill(padding, -torch.inf).topk(count, 1).indices
+        return chosen
     last = (~padding).sum(1, keepdim=True) - 1
     rank = torch.arange(count, device=chosen.device)
     return chosen.gather(1, torch.minimum(rank, last).clamp(min=0))

@@ -1,6 +1,6 @@
 """Training and evaluation of instance models with Ignite and MONAI engines; see trainer.py and evaluator.py."""
 
-from seg3d_monai.engine.checkpoint import load_weights
+from seg3d_monai.engine.checkpoint import load_weights, start_from
 from seg3d_monai.engine.config import check_config, live_parser
 from seg3d_monai.engine.evaluator import FinalReport, VolumeEvaluator
 from seg3d_monai.engine.handlers import Checkpoints, CsvLog, Progress, Validation
@@ -22,4 +22,5 @@ __all__ = [
     "live_parser",
     "load_weights",
     "record_run",
+    "start_from",
 ]

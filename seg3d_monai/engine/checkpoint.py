@@ -23,6 +23,7 @@ __all__ = [
     "read_checkpoint",
     "read_last",
     "replace_file",
+    "start_from",
     "write_checkpoint",
     "write_last",
     "write_weights",
@@ -146,6 +147,15 @@ def adapt_input_channels(weights: Mapping[str, Tensor], network: Mapping[str, Te
         kernel = torch.cat([kernel] * turns, 1)[:, : new[1]] * (old[1] / new[1])
     adapted[differing[0]] = kernel
     return adapted
+
+
+def start_from(network: _Network, initial_weights: str | Path | None) -> _Network:
+    """The network with the weights that a training starts from, where a file is given; other image channels adapted.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_weights`.
+    """
+    return load_weights(network, initial_weights, adapt_input=True) if initial_weights else network
 
 
 def load_weights(network: _Network, path: str | Path, *, adapt_input: bool = False) -> _Network:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seg3d_monai.layers import (
+    CellNorm,
+    ChannelNorm,
     DeformableAttention3d,
     FeedForward,
     PixelDecoderOutput,
@@ -25,15 +27,6 @@ from seg3d_monai.layers import (
 )
 
 Axes = tuple[int, int, int]
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm that keeps half types under autocast, which would double the memory of the finest maps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C], same dtype; moments are float32 or better."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -83,7 +76,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.ratio = ratio
         self.lateral = nn.Linear(in_channels, channels)
-        self.lateral_norm = ChannelNorm(channels)
+        self.lateral_norm = CellNorm(channels)
         self.conv = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         self.norm = ChannelNorm(channels)
@@ -105,7 +98,7 @@ class Fusion(nn.Module):
         # not of the sizes: cell i lies in coarse cell i // ratio at odd sizes too.
         grown = F.interpolate(coarse.to(merged.dtype), scale_factor=tuple(map(float, self.ratio)), mode="nearest")
         merged = _without(merged + grown[:, :, :depth, :height, :width], padding)
-        return torch.relu(self.norm(self.conv(merged).movedim(1, -1))).movedim(-1, 1)
+        return torch.relu(self.norm(self.conv(merged)))
 
 
 class DeformablePixelDecoder(nn.Module):

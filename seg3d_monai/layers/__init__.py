@@ -3,6 +3,7 @@
 from seg3d_monai.layers.conv import ConvNormAct, group_norm
 from seg3d_monai.layers.deformable_attention import DeformableAttention3d
 from seg3d_monai.layers.mlp import MLP
+from seg3d_monai.layers.norm import CellNorm, ChannelNorm
 from seg3d_monai.layers.pixel_decoder_output import PixelDecoderOutput
 from seg3d_monai.layers.place_kernel import PLACE_CHANNELS, PlaceEmbedding, place_features
 from seg3d_monai.layers.position import level_centres, level_positions, sine_positions
@@ -11,6 +12,8 @@ from seg3d_monai.layers.transformer import CrossAttention, FeedForward, SelfAtte
 __all__ = [
     "MLP",
     "PLACE_CHANNELS",
+    "CellNorm",
+    "ChannelNorm",
     "ConvNormAct",
     "CrossAttention",
     "DeformableAttention3d",

@@ -49,3 +49,11 @@ class PixelDecoderOutput:
         """[S, 3] float32, centres of the cells of `flat_memory` in voxels."""
         device = self.mask_features.device
         return torch.cat([level_centres(n, s, device) for n, s in zip(self.sizes, self.strides, strict=True)])
+
+    @cached_property
+    def cell_sizes(self) -> Tensor:
+        """[S, 3] float32, extents of the cells of `flat_memory` in voxels."""
+        device, levels = self.mask_features.device, zip(self.sizes, self.strides, strict=True)
+        # Filled, not copied: a copy from the host would wait for all the work that the device still has to do.
+        columns = [[torch.full((d * h * w,), float(s), device=device) for s in stride] for (d, h, w), stride in levels]
+        return torch.cat([torch.stack(level, 1) for level in columns])

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seg3d_monai.losses.selection_loss import selection_loss
 from seg3d_monai.losses.set_losses import box_giou, box_l1, class_cross_entropy, class_focal, mask_bce, mask_dice
 from seg3d_monai.matching import HungarianMatcher, PointSet, batch_point_features, sample_points
 from seg3d_monai.matching.points import IGNORED_VALUE
 
 logger = logging.getLogger(__name__)
 
-SET_LOSSES = ("class", "mask_bce", "mask_dice", "box_l1", "box_giou")
+SET_LOSSES = ("class", "mask_bce", "mask_dice", "box_l1", "box_giou", "selection")
 NO_OBJECT = -1
 PADDING = -2
 """Kinds of denoising queries that have no instance."""
@@ -47,7 +48,7 @@ class SetCriterion:
         no_object_weight: weight of "no object" in the cross-entropy, > 0.
         focal_alpha: weight of positives in the focal loss, in [0, 1].
         focal_gamma: exponent of the focal loss, >= 0.
-        weights: weight of some of "class", "mask_bce", "mask_dice", "box_l1", "box_giou"; others 1.
+        weights: weight of some of "class", "mask_bce", "mask_dice", "box_l1", "box_giou", "selection"; others 1.
 
     Raises:
         ValueError: a weight for a loss that does not exist, no points, an unknown class_loss, or one that does not
@@ -102,13 +103,15 @@ class SetCriterion:
                 "class_logits" [L, N, Q, K or K + 1]; "mask_embeds" [L, N, Q, C]; "boxes" [L, N, Q, 6] in voxels, if
                 the decoder has them; "mask_features" [N, C, d, h, w]; "mask_stride" (z, y, x); "denoising", if any,
                 the first three likewise [L', N, T, ...] and "target_index" int64 [N, T]: an instance, -1 for no
-                object, -2 for padding}.
+                object, -2 for padding; "tokens", of decoders that choose their queries among tokens, see
+                `selection_loss`}.
             targets: for each image {"label" [D, H, W], "ids" [G], "boxes" [G, 6], "classes" [G]}.
 
         Returns:
             {name: weighted scalar}; their sum is the loss. For each loss NAME, "NAME" of the last layer, "aux_NAME"
-            summed over the other layers, "encoder_NAME", and, of decoders with boxes, "denoising_NAME" summed over
-            layers. Names depend on the decoder only, not on the batch, and each loss is attached to the graph.
+            summed over the other layers, "encoder_NAME", of decoders with boxes "denoising_NAME" summed over layers,
+            and of decoders that choose their queries "selection". Names depend on the decoder only, not on the batch,
+            and each loss is attached to the graph.
 
             Masks and boxes are sums over matched queries divided by the batch's number of instances (denoising: of
             positive queries), or by 1; so is the focal class loss, summed over all queries. Cross-entropy is a
@@ -159,6 +162,8 @@ class SetCriterion:
         if denoising is not None or "box_l1" in by_layer:
             factor = 0 if denoising is None else 1  # without denoising queries the names stay, and the graph
             losses |= {f"denoising_{name}": factor * loss.sum() for name, loss in by_layer.items()}
+        if "tokens" in outputs:
+            losses["selection"] = self.weights["selection"] * selection_loss(outputs["tokens"], targets)
         return losses
 
     def _by_layer(

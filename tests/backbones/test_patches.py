@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from seg3d_monai.backbones.patches import ChannelNorm, PatchConv, pad_to_multiple
+from seg3d_monai.backbones.patches import PatchConv, pad_to_multiple
+from seg3d_monai.layers import ChannelNorm
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 2])

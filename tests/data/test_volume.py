@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import tifffile
 import zarr
 
-from seg3d_monai.data.tiff import TiffArray
+from seg3d_monai.data.tiff import TiffArray, _full
 from seg3d_monai.data.volume import ArrayVolume, Volume, open_volume, sample_rois, storage_rois
 
 TIFF_LAYOUTS = {
@@ -411,6 +412,13 @@ def test_pickles_and_survives_fork(tmp_path, stack, monkeypatch, name):
     np.testing.assert_array_equal(copy.read(roi), expected)
     assert (copy.shape, copy.dtype, copy.spacing_um) == (volume.shape, volume.dtype, volume.spacing_um)
     assert len(pickle.dumps(volume)) < 2000
+
+
+def test_axes_of_length_1_are_kept_whatever_the_version_of_tifffile():
+    old = SimpleNamespace(get_axes=lambda squeeze: "ZYX" if squeeze else "ZCYX", axes="ZYX")
+    old.get_shape = lambda squeeze: (3, 4, 5) if squeeze else (3, 1, 4, 5)
+    new = SimpleNamespace(axes="ZCYX", shape=(3, 1, np.int64(4), 5))
+    assert _full(old) == _full(new) == ("ZCYX", (3, 1, 4, 5))
 
 
 def _read_in_forked_child(volume, roi, queue):

@@ -184,26 +184,24 @@ def test_images_of_a_batch_are_independent():
 
 
 @pytest.mark.parametrize("valid", [None, VALID])
-def test_selected_queries_are_the_cells_of_the_best_foreground_class(valid):
+def test_the_encoder_predicts_with_the_selected_cells(valid):
     decoder, given = build(query_source="selected"), decoded(valid=valid)
-    selection = decoder.selection
-    content, positions, centres, (logits, embeds) = selection(given)
-    tokens = selection.projection(given.flat_memory)
+    selected, positions, (logits, embeds) = decoder.selection(given)
     every_centre = given.centres.expand(IMAGES, -1, -1)
-    every_logit, every_embed = (x.detach() for x in selection.head(tokens, every_centre))
-    share = torch.exp(every_logit) / torch.exp(every_logit).sum(-1, keepdim=True)
+    tokens = decoder.selection.selection.project(given.flat_memory)
+    every_logit, every_embed = (x.detach() for x in decoder.selection.head(tokens, every_centre))
     for n in range(IMAGES):
-        score = share[n, :, :2].amax(1)
-        rows = range(len(score)) if valid is None else (~given.flat_padding[n]).nonzero().squeeze(1).tolist()
-        best = sorted(rows, key=lambda i: -float(score[i]))[:5]
-        torch.testing.assert_close(logits[n], every_logit[n, best])
-        torch.testing.assert_close(embeds[n], every_embed[n, best])
-        torch.testing.assert_close(content[n], tokens[n, best])
-        assert torch.equal(centres[n], given.centres[best])
-        torch.testing.assert_close(positions[n], selection.positions(sine_positions(given.centres[best], CHANNELS)))
+        rows = [given.centres.tolist().index(centre) for centre in selected.centres[n].tolist()]
+        torch.testing.assert_close(selected.tokens[n], tokens[n, rows])
+        torch.testing.assert_close(logits[n], every_logit[n, rows])
+        torch.testing.assert_close(embeds[n], every_embed[n, rows])
+        wanted = decoder.selection.positions(sine_positions(selected.centres[n], CHANNELS))
+        torch.testing.assert_close(positions[n], wanted)
+        assert valid is None or not given.flat_padding[n, rows].any()
     outputs = decoder(given)
     torch.testing.assert_close(outputs["class_logits"][0], logits)
     torch.testing.assert_close(outputs["mask_embeds"][0], embeds)
+    assert torch.equal(outputs["tokens"]["class_logits"], selected.scored["class_logits"])
 
 
 def test_a_memory_of_fewer_cells_than_queries_gives_as_many_queries_as_cells():
@@ -213,7 +211,7 @@ def test_a_memory_of_fewer_cells_than_queries_gives_as_many_queries_as_cells():
     assert decoder(given)["class_logits"].shape == (6, IMAGES, count, 3)
     # Of one valid cell an image, all queries.
     given = decoded(1, valid=[(1, 3, 4), (5, 18, 26)])
-    _, positions, _, (logits, _) = decoder.selection(given)
+    _, positions, (logits, _) = decoder.selection(given)
     assert logits.shape == (IMAGES, count, 3)
     assert torch.equal(positions[0], positions[0, :1].expand(count, -1))
     assert len(positions[1].unique(dim=0)) == count
@@ -229,7 +227,8 @@ def test_gradient_reaches_every_parameter_and_the_memory(source, halved):
         memory.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halved):
         outputs = decoder(given)
-    (outputs["class_logits"].pow(3).mean() + outputs["mask_embeds"].pow(3).mean()).backward()
+    scores = outputs["tokens"]["class_logits"] if "tokens" in outputs else torch.zeros(1)
+    (outputs["class_logits"].pow(3).mean() + outputs["mask_embeds"].pow(3).mean() + scores.mean()).backward()
     # Adding one vector to all keys changes no softmax: its gradient is zero but for rounding.
     assert [name for name, p in decoder.named_parameters() if p.grad is None] == []
     idle = [name for name, p in decoder.named_parameters() if not p.grad.any() and not name.endswith("key.bias")]
@@ -241,7 +240,7 @@ def test_the_decoder_does_not_disturb_the_selected_content():
     decoder, given = build(query_source="selected"), decoded()
     outputs = decoder(given)
     outputs["class_logits"][1:].sum().backward()
-    assert not any(p.grad.any() for p in decoder.selection.projection.parameters())
+    assert not any(p.grad.any() for p in decoder.selection.selection.project.parameters())
     assert all(p.grad.any() for p in decoder.selection.positions.parameters())
 
 

@@ -95,7 +95,7 @@ def test_without_denoising_part(mode):
     decoder = make(denoising=None if mode == "no denoising" else Denoising()).train(mode != "evaluation")
     targets = None if mode == "evaluation" else [make_target(0), make_target(0)]
     outputs = decoder(make_decoded(), targets)
-    assert set(outputs) == {"names", *PREDICTIONS, "mask_features", "mask_stride"}
+    assert set(outputs) == {"names", *PREDICTIONS, "mask_features", "mask_stride", "tokens"}
     assert outputs["boxes"].shape == (4, 2, QUERIES, 6)
 
 
@@ -295,7 +295,7 @@ def test_boxes_stay_where_they_are_at_first():
 
 def test_first_probabilities_are_about_one_percent():
     decoder = make(scramble=False)
-    for head in (decoder.heads.class_logits, decoder.selection.class_logits):
+    for head in (decoder.heads.class_logits, decoder.selection.selection.class_logits):
         torch.testing.assert_close(head.bias.sigmoid(), torch.full((CLASSES,), 0.01))
 
 

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from seg3d_monai.decoders.query_selection import QuerySelection, mask_boxes, refine_boxes
+from seg3d_monai.layers import PixelDecoderOutput
 
 # Two levels of an image of 6 x 10 x 14 voxels; sizes are ceil(size / stride).
 SIZES = [(6, 5, 7), (3, 3, 4)]
@@ -34,11 +36,11 @@ def make(num_queries, num_classes=2, anchor_cells=4.0):
 
 def see_through(num_queries, **settings):
     """A selection whose logit of class k is channel k of the token's direction: a planted token wins."""
-    selection = make(num_queries, **settings)
-    selection.project[0].weight.data = torch.eye(CHANNELS)
-    selection.project[0].bias.data.zero_()
-    selection.class_logits.weight.data = torch.eye(2, CHANNELS)
-    return selection
+    chosen = make(num_queries, **settings)
+    chosen.selection.project[0].weight.data = torch.eye(CHANNELS)
+    chosen.selection.project[0].bias.data.zero_()
+    chosen.selection.class_logits.weight.data = torch.eye(2, CHANNELS)
+    return chosen
 
 
 def row(level, z, y, x):
@@ -56,50 +58,89 @@ def plant(cells, images=1):
     return memory
 
 
+def decoded(memory, padding=None):
+    """The memory as a pixel decoder hands it on."""
+    counts = [d * h * w for d, h, w in SIZES]
+    levels = [m.transpose(1, 2).unflatten(2, n) for m, n in zip(memory.split(counts, 1), SIZES, strict=True)]
+    if padding is not None:
+        padding = [p.unflatten(1, n) for p, n in zip(padding.split(counts, 1), SIZES, strict=True)]
+    return PixelDecoderOutput(levels, SIZES, STRIDES, padding, torch.zeros(len(memory), 1, 6, 10, 14), (1, 1, 1))
+
+
 def select(selection, memory, padding=None):
-    return selection(memory, centres(), SIZES, STRIDES, padding)
+    return selection(decoded(memory, padding))
+
+
+def ranked(scores):
+    """Rows of one image's scores [S], best first: those that none of the 26 around them beats before all others."""
+
+    def is_peak(level, z, y, x):
+        d, h, w = SIZES[level]
+        around = [
+            scores[row(level, a, b, c)]
+            for a in range(max(z - 1, 0), min(z + 2, d))
+            for b in range(max(y - 1, 0), min(y + 2, h))
+            for c in range(max(x - 1, 0), min(x + 2, w))
+        ]
+        return scores[row(level, z, y, x)] >= max(around)
+
+    peaks = {row(i, *cell) for i, size in enumerate(SIZES) for cell in np.ndindex(*size) if is_peak(i, *cell)}
+    return sorted(range(TOKENS), key=lambda i: (i not in peaks, -scores[i]))
 
 
 def test_planted_tokens_are_chosen_best_first_with_boxes_around_their_cells():
     cells = [(0, row(0, 5, 1, 6), 1, 0.9), (0, row(1, 2, 0, 3), 0, 0.99), (1, row(1, 0, 2, 1), 1, 0.9)]
-    found = select(see_through(2), plant(cells, images=2))
+    found, boxes = select(see_through(2), plant(cells, images=2))
     # Cell (2, 0, 3) of level 1 is centred on (5, 2, 14); its base box is four cells of (2, 4, 4) voxels.
-    assert found.boxes[0, 0].tolist() == [1, -6, 6, 9, 10, 22]
+    assert boxes[0, 0].tolist() == [1, -6, 6, 9, 10, 22]
     # Cell (5, 1, 6) of level 0 on (5.5, 3, 13), four cells of (1, 2, 2).
-    assert found.boxes[0, 1].tolist() == [3.5, -1, 9, 7.5, 7, 17]
-    assert found.boxes[1, 0].tolist() == [-3, 2, -2, 5, 18, 14]
+    assert boxes[0, 1].tolist() == [3.5, -1, 9, 7.5, 7, 17]
+    assert boxes[1, 0].tolist() == [-3, 2, -2, 5, 18, 14]
+    assert found.centres[0].tolist() == [[5, 2, 14], [5.5, 3, 13]]
+    assert found.extents[0].tolist() == [[8, 16, 16], [4, 8, 8]]
     assert found.class_logits[0].argmax(-1).tolist() == [0, 1]
     assert found.class_logits[1, 0].argmax(-1).item() == 1
-    assert found.class_logits.dtype == found.boxes.dtype == torch.float32
+    assert found.class_logits.dtype == boxes.dtype == torch.float32
     assert found.tokens.shape == (2, 2, CHANNELS)
+
+
+def test_of_the_tokens_of_one_object_the_best_comes_before_the_worst_object():
+    """One bright object over 27 cells and a dim one: two queries see both, in spite of 26 brighter tokens."""
+    bright = [(0, row(0, z, y, x), 0, 0.9 + 0.01 * (z + y + x)) for z in range(3) for y in range(3) for x in range(3)]
+    dim = row(0, 5, 4, 6)
+    found, _ = select(see_through(2), plant([*bright, (0, dim, 1, 0.5)]))
+    assert found.centres[0].tolist() == [[2.5, 5, 5], [5.5, 9, 13]]
 
 
 @pytest.mark.parametrize("anchor_cells", [1.0, 2.5])
 def test_base_boxes_have_the_stated_extent(anchor_cells):
-    found = select(make(TOKENS, anchor_cells=anchor_cells), torch.randn(1, TOKENS, CHANNELS))
-    extents = found.boxes[0, :, 3:] - found.boxes[0, :, :3]
+    _, boxes = select(make(TOKENS, anchor_cells=anchor_cells), torch.randn(1, TOKENS, CHANNELS))
+    extents = boxes[0, :, 3:] - boxes[0, :, :3]
     wanted = {tuple(s * anchor_cells for s in stride) for stride in STRIDES}
     assert {tuple(e) for e in extents.tolist()} == wanted
 
 
 def test_logits_and_tokens_belong_to_the_chosen_tokens():
-    selection = make(5)
+    module = make(40)
     memory = torch.randn(2, TOKENS, CHANNELS)
-    found = select(selection, memory)
-    everything = selection.class_logits(selection.project(memory))
+    found, _ = select(module, memory)
+    everything = module.selection.class_logits(module.selection.project(memory))
+    torch.testing.assert_close(found.scored["class_logits"], everything)
+    assert torch.equal(found.scored["centres"], centres())
     for n in range(2):
-        best = sorted(range(TOKENS), key=lambda i, n=n: -everything[n, i].max().item())[:5]
+        best = ranked(everything[n].amax(1).tolist())[:40]
         torch.testing.assert_close(found.class_logits[n], everything[n, best])
-        torch.testing.assert_close(found.tokens[n], selection.project(memory[n, best]))
+        torch.testing.assert_close(found.tokens[n], module.selection.project(memory[n, best]))
+        torch.testing.assert_close(found.centres[n], centres()[best])
 
 
 def test_box_deltas_move_the_base_box_by_its_extent():
     selection = see_through(1)
     with torch.no_grad():
         selection.box_deltas.layers[-1].bias.copy_(torch.tensor([0.5, 0, -0.25, 0, math.log(2), math.log(0.5)]))
-    found = select(selection, plant([(0, row(0, 5, 1, 6), 1, 0.9)]))
+    _, boxes = select(selection, plant([(0, row(0, 5, 1, 6), 1, 0.9)]))
     # Centre (5.5, 3, 13) and extent (4, 8, 8) -> centre (7.5, 3, 11), extent (4, 16, 4).
-    torch.testing.assert_close(found.boxes[0, 0], torch.tensor([5.5, -5, 9, 9.5, 11, 13]))
+    torch.testing.assert_close(boxes[0, 0], torch.tensor([5.5, -5, 9, 9.5, 11, 13]))
 
 
 def test_padding_is_never_chosen():
@@ -108,25 +149,32 @@ def test_padding_is_never_chosen():
     padding[0, best] = True
     padding[1, 3:] = True
     memory = plant([(0, best, 1, 0.99), (0, row(0, 0, 0, 0), 0, 0.9), (1, 1, 0, 0.99), (1, 2, 0, 0.9)], images=2)
-    found = select(see_through(6), memory, padding)
-    assert found.boxes[0, 0].tolist() == [-1.5, -3, -3, 2.5, 5, 5]
+    _, boxes = select(see_through(6), memory, padding)
+    assert boxes[0, 0].tolist() == [-1.5, -3, -3, 2.5, 5, 5]
     # Only three tokens of the second image are inside it: the last one is repeated.
     z, y, x = 0.5, 1.0, 1.0
     order = [(z, y, x + 2), (z, y, x + 4)] + [(z, y, x)] * 4
     wanted = [[a - 2, b - 4, c - 4, a + 2, b + 4, c + 4] for a, b, c in order]
-    assert found.boxes[1].tolist() == wanted
+    assert boxes[1].tolist() == wanted
+
+
+def test_a_token_in_the_padding_hides_no_other():
+    padding = torch.zeros(1, TOKENS, dtype=torch.bool)
+    padding[0, row(0, 5, 1, 6)] = True
+    memory = plant([(0, row(0, 5, 1, 6), 1, 0.99), (0, row(0, 5, 1, 5), 1, 0.9)])
+    found, _ = select(see_through(1), memory, padding)
+    assert found.centres[0].tolist() == [[5.5, 3, 11]]
 
 
 def test_nothing_but_padding_still_gives_boxes():
-    found = select(make(4), torch.randn(1, TOKENS, CHANNELS), torch.ones(1, TOKENS, dtype=torch.bool))
-    assert found.boxes.shape == (1, 4, 6)
-    assert found.boxes.isfinite().all()
+    _, boxes = select(make(4), torch.randn(1, TOKENS, CHANNELS), torch.ones(1, TOKENS, dtype=torch.bool))
+    assert boxes.shape == (1, 4, 6)
+    assert boxes.isfinite().all()
 
 
 def test_more_queries_than_tokens_takes_every_token_once():
-    found = select(make(TOKENS + 100), torch.randn(1, TOKENS, CHANNELS))
-    middle = (found.boxes[0, :, :3] + found.boxes[0, :, 3:]) / 2
-    assert sorted(middle.tolist()) == sorted(centres().tolist())
+    found, _ = select(make(TOKENS + 100), torch.randn(1, TOKENS, CHANNELS))
+    assert sorted(found.centres[0].tolist()) == sorted(centres().tolist())
 
 
 def test_every_parameter_and_the_memory_have_a_gradient():
@@ -134,26 +182,29 @@ def test_every_parameter_and_the_memory_have_a_gradient():
     for parameter in selection.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     memory = torch.randn(2, TOKENS, CHANNELS, requires_grad=True)
-    found = select(selection, memory)
-    (found.tokens.square().sum() + found.class_logits.sum() + found.boxes.sum()).backward()
+    found, boxes = select(selection, memory)
+    (found.tokens.square().sum() + found.class_logits.sum() + boxes.sum()).backward()
     for name, parameter in selection.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
-    # Only the chosen tokens are trained.
     assert (memory.grad.abs().sum(-1) > 0).sum(1).tolist() == [4, 4]
+    # The scores of all tokens can be trained.
+    memory.grad = None
+    select(selection, memory)[0].scored["class_logits"].square().sum().backward()
+    assert (memory.grad.abs().sum(-1) > 0).all()
 
 
 def test_every_parameter_has_a_gradient_under_autocast():
     selection = make(4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = select(selection, torch.randn(1, TOKENS, CHANNELS))
-    assert found.class_logits.dtype == found.boxes.dtype == torch.float32
-    (found.class_logits.sum() + found.boxes.sum()).backward()
-    assert selection.project[0].weight.grad.abs().sum() > 0
+        found, boxes = select(selection, torch.randn(1, TOKENS, CHANNELS))
+    assert found.class_logits.dtype == boxes.dtype == found.scored["class_logits"].dtype == torch.float32
+    (found.class_logits.sum() + boxes.sum()).backward()
+    assert selection.selection.project[0].weight.grad.abs().sum() > 0
 
 
 def test_first_probability_is_one_percent():
-    head = make(4, num_classes=3).class_logits
+    head = make(4, num_classes=3).selection.class_logits
     torch.testing.assert_close(head.bias, torch.full((3,), -math.log(99)))
 
 

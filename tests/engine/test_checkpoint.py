@@ -290,6 +290,22 @@ def test_weights_of_several_channels_see_a_grey_image_as_before(tmp_path, caplog
     assert not caplog.text
 
 
+def test_a_training_starts_from_given_weights_or_from_its_own(tmp_path, caplog):
+    torch.manual_seed(0)
+    image, given, network = torch.rand(2, 1, 3, 5, 4), stem(2), stem(1)
+    for net, channels in ((given, 2), (network, 1)):
+        net(image.expand(-1, channels, -1, -1, -1))
+    own = {key: value.clone() for key, value in network.state_dict().items()}
+    for nothing in (None, ""):
+        assert start_from(network, nothing) is network
+        assert all(torch.equal(own[key], value) for key, value in network.state_dict().items())
+    write_weights(tmp_path / "model.pt", given.state_dict())
+    torch.testing.assert_close(
+        start_from(network, tmp_path / "model.pt")(image), given(image.expand(-1, 2, -1, -1, -1))
+    )
+    assert "0.weight was adapted from 2 input channels to 1" in caplog.text
+
+
 def test_other_differences_than_the_input_channels_are_named(tmp_path):
     def network(channels=1, width=4, kernel=3, hidden=6):
         layers = torch.nn.Conv3d(channels, width, kernel), torch.nn.Conv3d(width, 2, 1), torch.nn.Linear(hidden, 2)

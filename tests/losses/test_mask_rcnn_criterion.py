@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import set_targets
 import torch
 
 from seg3d_monai.losses import MaskRCNNCriterion, mask_targets
@@ -17,18 +18,8 @@ def make_criterion(**changes):
     return MaskRCNNCriterion(**({"matcher": matcher, "num_anchor_samples": 10_000} | changes))
 
 
-def make_target(boxes, classes, ids, ignore=()):
-    label = torch.zeros(SIZE, dtype=torch.int64)
-    for (z1, y1, x1, z2, y2, x2), number in zip(boxes, ids, strict=True):
-        label[z1:z2, y1:y2, x1:x2] = number
-    for z1, y1, x1, z2, y2, x2 in ignore:
-        label[z1:z2, y1:y2, x1:x2] = -1
-    return {
-        "label": label,
-        "ids": torch.tensor(ids, dtype=torch.int64),
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 6),
-        "classes": torch.tensor(classes, dtype=torch.int64),
-    }
+def make_target(*arguments, **settings):
+    return set_targets.make_target(*arguments, **settings, size=SIZE)
 
 
 # Touching boxes, several classes, ids with gaps, an ignored slab; and an image without any instance.

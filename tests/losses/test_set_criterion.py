@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from set_targets import GRID, MANY, NONE, ONE, SIZE, STRIDE, crowd, make_target
 
 import seg3d_monai.losses.set_criterion as module
 from seg3d_monai.losses import SetCriterion
@@ -12,46 +13,11 @@ from seg3d_monai.losses.set_criterion import queries_of_instances
 from seg3d_monai.matching import HungarianMatcher, point_features, sample_points
 from seg3d_monai.matching.points import point_set
 
-SIZE = (6, 10, 14)
-STRIDE = (1, 2, 2)
-GRID = (6, 5, 7)
 NAMES = ["class", "mask_bce", "mask_dice", "box_l1", "box_giou"]
 PREFIXES = ["", "aux_", "encoder_", "denoising_"]
 
 
-def make_target(boxes, classes, ids, ignore=()):
-    label = torch.zeros(SIZE, dtype=torch.int64)
-    for (z1, y1, x1, z2, y2, x2), number in zip(boxes, ids, strict=True):
-        label[z1:z2, y1:y2, x1:x2] = number
-    for z1, y1, x1, z2, y2, x2 in ignore:
-        label[z1:z2, y1:y2, x1:x2] = -1
-    return {
-        "label": label,
-        "ids": torch.tensor(ids, dtype=torch.int64),
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 6),
-        "classes": torch.tensor(classes, dtype=torch.int64),
-    }
-
-
-# Touching boxes, several classes, ids with gaps, ignored voxels beside and within instances; and images with one, none.
-MANY = make_target(
-    [(0, 0, 0, 3, 4, 6), (0, 0, 6, 3, 5, 10), (3, 4, 0, 6, 10, 5), (4, 5, 7, 6, 8, 13)],
-    [0, 2, 1, 0],
-    [7, 3, 40, 5],
-    ignore=[(0, 6, 8, 2, 10, 14), (2, 3, 4, 4, 6, 6)],
-)
-ONE = make_target([(1, 2, 3, 4, 6, 11)], [1], [9])
-NONE = make_target([], [], [])
 HALF_IGNORED = make_target([], [], [], ignore=[(0, 0, 7, 6, 10, 14)])
-
-
-def crowd(count=300):
-    """As many cells of one voxel as asked for."""
-    corners = torch.nonzero(torch.ones(SIZE))[:count]
-    target = make_target([], [], [])
-    target["label"].view(-1)[:count] = torch.arange(1, count + 1)
-    boxes = torch.cat([corners, corners + 1], 1).float()
-    return target | {"ids": torch.arange(1, count + 1), "boxes": boxes, "classes": torch.arange(count) % 3}
 
 
 def make_criterion(with_boxes=True, class_loss="focal", **changes):

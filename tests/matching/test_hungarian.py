@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from set_toys import EMPTY_AND_IGNORED, MANY, NONE, ONE, SIZE, STRIDE, draw_predictions, many_in_rows
+from set_targets import EMPTY_AND_IGNORED, MANY, NONE, ONE, SIZE, STRIDE, crowd, draw_predictions
 
 from seg3d_monai.matching import HungarianMatcher, point_features, sample_points
 from seg3d_monai.matching.hungarian import UNMATCHED
@@ -161,7 +161,7 @@ def test_the_assignment_is_the_best_of_all(num_queries, seed):
 
 
 def test_far_more_instances_than_queries():
-    targets = [many_in_rows(300), NONE, MANY]
+    targets = [crowd(300), NONE, MANY]
     predictions = draw_predictions(2, targets, 10)
     points, features = look(predictions, targets, num_own=3)
     matched = make_matcher()(predictions, targets, points, features, SIZE)

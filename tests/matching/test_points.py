@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from set_toys import EMPTY_AND_IGNORED, MANY, NONE, ONE, SIZE, make_target, many_in_rows
+from set_targets import EMPTY_AND_IGNORED, MANY, NONE, ONE, SIZE, crowd, make_target
 
 from seg3d_monai.matching import batch_point_features, point_features, sample_points
 from seg3d_monai.matching.points import point_set
 
 
-@pytest.mark.parametrize("target", [NONE, ONE, MANY, EMPTY_AND_IGNORED, many_in_rows(300)])
+@pytest.mark.parametrize("target", [NONE, ONE, MANY, EMPTY_AND_IGNORED, crowd(300)])
 @pytest.mark.parametrize(("num_uniform", "num_own"), [(20, 7), (0, 5), (13, 0)])
 def test_points_are_looked_up_in_the_label(target, num_uniform, num_own):
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ NONE = make_target([], [], [])
 EMPTY_AND_IGNORED = make_target([], [], [], ignore=[(0, 0, 0, 3, 10, 14)])
 
 
-def many_in_rows(count, size=SIZE):
+def crowd(count=300, size=SIZE):
     """As many cells of one voxel as asked for, in row-major order."""
     corners = torch.nonzero(torch.ones(size))[:count]
     target = make_target([], [], [])
