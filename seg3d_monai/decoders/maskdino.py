@@ -28,6 +28,7 @@ from seg3d_monai.layers import (
     PixelDecoderOutput,
     PlaceEmbedding,
     SelfAttention,
+    pool_to_levels,
     sine_positions,
 )
 
@@ -205,7 +206,9 @@ class MaskDINODecoder(nn.Module):
         boxes = first_boxes.detach()
         embeds = self.heads.masks(selected.tokens, boxes)
         if self.box_from_mask:
-            boxes = mask_boxes(embeds, decoded.mask_features, decoded.mask_stride, boxes)
+            # In cells of the memory, not of the mask features, which are eight times as many: layers refine the boxes.
+            (pooled,) = pool_to_levels(decoded.mask_features, [decoded.mask_stride, decoded.strides[0]])
+            boxes = mask_boxes(embeds, pooled, decoded.strides[0], boxes)
         content = self._first_content(selected)
         names, predictions = ["encoder"], [Prediction(selected.class_logits, embeds, first_boxes)]
         if self.content is None:

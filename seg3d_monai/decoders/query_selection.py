@@ -7,6 +7,7 @@ Mask DINO replaces these boxes by the tight boxes of the tokens' first masks. Mu
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +32,14 @@ class SelectedTokens:
         centres: float32 [N, Q, 3], centres of their cells, voxels.
         extents: float32 [N, Q, 3], extents that an object of their level has, voxels.
         scored: what is known of all S tokens, for the loss that trains the choice: "class_logits" float32 [N, S, K],
-            "centres" and "extents" [S, 3], "padding" bool [N, S] or None.
+            "sizes" of the levels, "centres" and "extents" [S, 3], "padding" bool [N, S] or None.
     """
 
     tokens: Tensor
     class_logits: Tensor
     centres: Tensor
     extents: Tensor
-    scored: dict[str, Tensor | None]
+    scored: dict[str, Any]
 
 
 class TokenSelection(nn.Module):
@@ -85,6 +86,7 @@ class TokenSelection(nn.Module):
             extents=extents[chosen],
             scored={
                 "class_logits": logits,
+                "sizes": decoded.sizes,
                 "centres": decoded.centres,
                 "extents": extents,
                 "padding": decoded.flat_padding,

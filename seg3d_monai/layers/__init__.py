@@ -6,6 +6,7 @@ from seg3d_monai.layers.mlp import MLP
 from seg3d_monai.layers.norm import CellNorm, ChannelNorm
 from seg3d_monai.layers.pixel_decoder_output import PixelDecoderOutput
 from seg3d_monai.layers.place_kernel import PLACE_CHANNELS, PlaceEmbedding, place_features
+from seg3d_monai.layers.pooling import pool_to_levels
 from seg3d_monai.layers.position import level_centres, level_positions, sine_positions
 from seg3d_monai.layers.transformer import CrossAttention, FeedForward, SelfAttention
 
@@ -25,5 +26,6 @@ __all__ = [
     "level_centres",
     "level_positions",
     "place_features",
+    "pool_to_levels",
     "sine_positions",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg3d_monai.ops import ms_deform_attn3d
@@ -100,25 +101,33 @@ class DeformableAttention3d(nn.Module):
         # Places and weights stay in float32 where values are halved: bfloat16 is off by cells on a long axis.
         with torch.autocast(queries.device.type, enabled=False):
             asked = queries.to(self.offsets.weight.dtype)
-            offsets = self.offsets(asked).to(dtype)
+            places = self._places(asked, references.to(dtype), per_cell, per_voxel)
             weights = self.weights(asked).to(dtype)
-        n, lq, _ = queries.shape
-        offsets = offsets.view(n, lq, self.num_heads, self.num_levels, self.num_points, 3)
         samples = self.num_levels * self.num_points
-        weights = weights.view(n, lq, self.num_heads, samples).softmax(-1).view(offsets.shape[:-1])
-        centre, scale = references.to(dtype), per_cell[:, None]
-        if references.shape[-1] == 6:
-            lower, upper = centre.split(3, -1)
-            centre = (lower + upper) / 2
-            reach = (upper - lower) / (2 * self.num_points)
-            scale = (reach[:, :, None] * per_voxel)[:, :, None, :, None]
-        centre = (centre[:, :, None] * per_voxel)[:, :, None, :, None]
+        weights = weights.unflatten(-1, (self.num_heads, samples)).softmax(-1).view(places.shape[:-1])
         value = self.value(memory)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0)
         value = value.unflatten(-1, (self.num_heads, -1))
-        read: Tensor = self.output(ms_deform_attn3d(value, shapes, torch.addcmul(centre, offsets, scale), weights))
+        read: Tensor = self.output(ms_deform_attn3d(value, shapes, places, weights))
         return read
+
+    def _places(self, queries: Tensor, references: Tensor, per_cell: Tensor, per_voxel: Tensor) -> Tensor:
+        """Where each query reads, [N, Lq, heads, levels, points, 3], shares of each level's extent."""
+        shape = (self.num_heads, self.num_levels, self.num_points, 3)
+        if references.shape[-1] == 3:
+            centre = references
+            # Scaled weights give scaled offsets: there are far fewer weights than offsets.
+            scale = per_cell[:, None].expand(shape).reshape(-1).to(queries.dtype)
+            offsets = F.linear(queries, self.offsets.weight * scale[:, None], self.offsets.bias * scale)
+            offsets = offsets.to(references.dtype).unflatten(-1, shape)
+        else:
+            lower, upper = references.split(3, -1)
+            centre = (lower + upper) / 2
+            reach = (upper - lower) / (2 * self.num_points)
+            scale = (reach[:, :, None] * per_voxel)[:, :, None, :, None]
+            offsets = self.offsets(queries).to(references.dtype).unflatten(-1, shape) * scale
+        return offsets.add_((centre[:, :, None] * per_voxel)[:, :, None, :, None])
 
 
 def head_directions(num_heads: int) -> Tensor:

@@ -4,7 +4,8 @@ Each instance has one token, the nearest to its middle on the level that fits it
 higher, the nearer (CenterNet, Zhou et al. 2019, eq. 1, over several levels). Must not know how tokens are chosen.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,13 @@ SPREAD = 1 / 6
 MISS_POWER, NEAR_POWER = 2, 4
 
 
-def selection_loss(tokens: Mapping[str, Tensor | None], targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
+def selection_loss(tokens: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Focal loss of the scores of all tokens, less for those near the middle of an object of their class.
 
     Args:
-        tokens: {"class_logits" [N, S, K]; "centres" [S, 3], "extents" [S, 3] that an object of the token's level has,
-            both voxels; "padding" bool [N, S], tokens that have no loss, or None}.
+        tokens: {"class_logits" [N, S, K]; "sizes" (d, h, w) of each level, S tokens in all; "centres" [S, 3], the grid
+            of each level, and "extents" [S, 3] that an object of the token's level has, both voxels; "padding" bool
+            [N, S], tokens that have no loss, or None}.
         targets: for each image {"label" [D, H, W], "boxes" [G, 6], "classes" [G]}; tokens on ignored voxels have no
             loss.
 
@@ -30,20 +32,19 @@ def selection_loss(tokens: Mapping[str, Tensor | None], targets: Sequence[Mappin
         The sum over tokens and classes, divided by the number of instances or by 1.
     """
     logits, padding = tokens["class_logits"], tokens["padding"]
-    assert logits is not None
     total = logits.new_zeros(())
     for n, target in enumerate(targets):
         heat, counted = token_heat(tokens, target, logits.shape[2], None if padding is None else padding[n])
-        prob, hit = logits[n].sigmoid(), heat == 1
+        prob = logits[n].sigmoid()
         near = (1 - heat) ** NEAR_POWER * prob**MISS_POWER * F.softplus(logits[n])
         miss = (1 - prob) ** MISS_POWER * F.softplus(-logits[n])
-        total = total + (torch.where(hit, miss, near) * counted[:, None]).sum()
+        total = total + (torch.where(heat == 1, miss, near) * counted[:, None]).sum()
     return total / max(1, sum(len(target["classes"]) for target in targets))
 
 
 @torch.no_grad()
 def token_heat(
-    tokens: Mapping[str, Tensor | None], target: Mapping[str, Tensor], num_classes: int, padding: Tensor | None
+    tokens: Mapping[str, Any], target: Mapping[str, Tensor], num_classes: int, padding: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """How near each token is to the middle of an object.
 
@@ -56,29 +57,51 @@ def token_heat(
     Returns:
         Heat float32 [S, K], 1 for an instance's own token only, and bool [S], whether a token has a loss.
     """
-    centres, extents = tokens["centres"], tokens["extents"]
-    assert centres is not None
-    assert extents is not None
-    label, classes = target["label"], target["classes"]
+    centres, label, classes = tokens["centres"], target["label"], target["classes"]
     last = torch.tensor(label.shape, device=label.device) - 1
     z, y, x = centres.floor().long().minimum(last).unbind(1)  # the last cell may have its centre outside
     counted = label[z, y, x] != IGNORED_VALUE
     if padding is not None:
         counted &= ~padding
-    heat = centres.new_zeros(len(centres), num_classes)
+    heat = centres.new_zeros(num_classes, len(centres))
     if not len(classes):
-        return heat, counted
+        return heat.t(), counted
     lower, upper = target["boxes"].to(centres.dtype).split(3, 1)
-    middle, extent = ((lower + upper) / 2)[:, None], (upper - lower)[:, None]
-    misfit = (extent / extents).log().abs().sum(2)  # [G, S], the same for all tokens of a level
-    usable = counted.expand_as(misfit)
-    misfit = misfit.masked_fill(~usable, torch.inf)
-    fits = usable & (misfit == misfit.amin(1, keepdim=True))
-    away = centres - middle
-    distance = (away / extents).square().sum(2).masked_fill(~fits, torch.inf)
-    own = distance.argmin(1)
+    middle, extent = (lower + upper) / 2, upper - lower
+    counts = [d * h * w for d, h, w in tokens["sizes"]]
+    grids = [
+        (level.unflatten(0, size), extents[0], valid)
+        for level, size, extents, valid in zip(
+            centres.split(counts), tokens["sizes"], tokens["extents"].split(counts), counted.split(counts), strict=True
+        )
+    ]
+    misfits = [
+        (extent / typical).log().abs().sum(1).masked_fill(~valid.any(), torch.inf) for _, typical, valid in grids
+    ]
+    level_of = torch.stack(misfits).argmin(0)
+    warmth, distance = [], []
+    for number, (grid, typical, valid) in enumerate(grids):
+        fits = (level_of == number)[:, None]
+        away = [axis - middle[:, i, None] for i, axis in enumerate(_axes(grid))]
+        # What depends on a distance is a product or a sum over the axes of the grid.
+        heats = [(-0.5 * (d / (SPREAD * extent[:, i, None])) ** 2).exp() for i, d in enumerate(away)]
+        squares = [(d / typical[i]) ** 2 for i, d in enumerate(away)]
+        warmth.append(_outer(torch.mul, heats) * (fits & valid))
+        distance.append(_outer(torch.add, squares).masked_fill(~(fits & valid), torch.inf))
+    own = torch.cat(distance, 1).argmin(1)
     # A token that is not its instance's own stays below 1, however near.
-    warmth = (-0.5 * (away / (SPREAD * extent)).square().sum(2)).exp().clamp(max=0.99) * fits
-    heat = heat.scatter_reduce(1, classes.expand(len(heat), -1), warmth.t(), "amax")
-    heat[own, classes] = 1
-    return heat, counted
+    near = torch.cat(warmth, 1).clamp(max=0.99)
+    heat = heat.scatter_reduce(0, classes[:, None].expand_as(near), near, "amax")
+    heat[classes, own] = 1
+    return heat.t(), counted
+
+
+def _axes(grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Places along z, y and x of a grid of points [d, h, w, 3]."""
+    return grid[:, 0, 0, 0], grid[0, :, 0, 1], grid[0, 0, :, 2]
+
+
+def _outer(combine: Callable[[Tensor, Tensor], Tensor], axes: Sequence[Tensor]) -> Tensor:
+    """Values [G, d], [G, h], [G, w], combined for each cell: [G, d * h * w]."""
+    z, y, x = axes
+    return combine(z[:, :, None, None], combine(y[:, :, None], x[:, None])[:, None]).flatten(1)

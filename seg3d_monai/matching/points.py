@@ -10,6 +10,7 @@ Must not know queries, costs or losses.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,14 +138,30 @@ def batch_point_features(features: Tensor, stride: Sequence[float], coordinates:
         cells.append(used)
         inverse.append(index)
         weights.append(weight)
-    # Shorter rows are filled up with cell 0, which nothing reads.
-    wanted = torch.nn.utils.rnn.pad_sequence(cells, batch_first=True)
-    table = features.flatten(2).gather(2, wanted[:, None].expand(-1, features.shape[1], -1))
-    rows = table.transpose(1, 2).to(dtype).contiguous().unbind(0)
+    rows = features.movedim(1, -1).flatten(0, 3)  # a view where the channels are last in memory
+    cells_of_image = features[0, 0].numel()
+    wanted = torch.cat([used + n * cells_of_image for n, used in enumerate(cells)])
+    read: Tensor = _DistinctRows.apply(rows, wanted)
+    tables = read.to(dtype).split([len(used) for used in cells])
     return [
-        F.embedding_bag(index, row, per_sample_weights=weight, mode="sum") if len(index) else row[:0]
-        for index, row, weight in zip(inverse, rows, weights, strict=True)
+        F.embedding_bag(index, table, per_sample_weights=weight, mode="sum") if len(index) else table[:0]
+        for index, table, weight in zip(inverse, tables, weights, strict=True)
     ]
+
+
+class _DistinctRows(torch.autograd.Function):
+    """Rows [K, C] of a table [R, C] at indices int64 [K], no two alike: a gradient is copied, not added up."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = len(table)
+        return table.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.num_rows, grad.shape[1]).index_copy_(0, index, grad), None
 
 
 def _corners(points: Tensor, stride: Sequence[float], size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seg3d_monai.decoders import Mask2FormerDecoder
-from seg3d_monai.decoders.mask2former import pool_to_levels
 from seg3d_monai.heads import DeformablePixelDecoder
-from seg3d_monai.layers import PLACE_CHANNELS, PixelDecoderOutput, sine_positions
+from seg3d_monai.layers import PLACE_CHANNELS, PixelDecoderOutput, pool_to_levels, sine_positions
 
 SIZE = (5, 18, 26)
 STRIDES = [(1, 4, 4), (2, 8, 8), (4, 8, 16)]

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from seg3d_monai.decoders import Denoising, MaskDINODecoder
 from seg3d_monai.decoders.query_selection import mask_boxes
-from seg3d_monai.layers import PLACE_CHANNELS, PixelDecoderOutput
+from seg3d_monai.layers import PLACE_CHANNELS, PixelDecoderOutput, pool_to_levels
 from seg3d_monai.layers.place_kernel import encode_places
 
 # An image of 6 x 10 x 14 voxels in two levels; mask features at the stride of the first.
@@ -263,7 +263,9 @@ def test_the_first_boxes_are_those_of_the_masks():
     decoder = make().eval()
     decoded = make_decoded()
     outputs = decoder(decoded)
-    wanted = mask_boxes(outputs["mask_embeds"][0], decoded.mask_features, (1, 2, 2), outputs["boxes"][0])
+    stride = decoded.strides[0]
+    (pooled,) = pool_to_levels(decoded.mask_features, [(1, 2, 2), stride])
+    wanted = mask_boxes(outputs["mask_embeds"][0], pooled, stride, outputs["boxes"][0])
     assert torch.equal(outputs["boxes"][1], wanted)
     assert not torch.equal(outputs["boxes"][1], outputs["boxes"][0])
     predicted = make(box_from_mask=False).eval()(decoded)

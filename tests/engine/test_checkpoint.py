@@ -16,6 +16,7 @@ from seg3d_monai.engine.checkpoint import (
     adapt_input_channels,
     read_checkpoint,
     read_last,
+    start_from,
     write_checkpoint,
     write_last,
     write_weights,

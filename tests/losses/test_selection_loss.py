@@ -22,6 +22,7 @@ def make_tokens(num_images, num_classes=3, seed=0, padding=None):
     logits = torch.randn(num_images, count, num_classes, generator=generator, dtype=torch.float64)
     return {
         "class_logits": logits.requires_grad_(),
+        "sizes": [size for size, _ in GRIDS],
         "centres": torch.from_numpy(np.concatenate(centres)).float(),
         "extents": torch.from_numpy(np.concatenate(extents)).float(),
         "padding": padding,
