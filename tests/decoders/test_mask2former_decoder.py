@@ -290,7 +290,7 @@ def test_the_forward_pass_waits_for_no_value(source):
     decoder(pixel_decoder(features, valid))  # sizes seen before are not built again
     with Called() as called:
         decoder(pixel_decoder(features, valid))
-    assert {"ms_deform_attn3d", "addcmul", "native_layer_norm"} <= called.names
+    assert {"ms_deform_attn3d", "addmm", "native_layer_norm"} <= called.names
     waiting = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh", "unique_dim"}
     assert not waiting & called.names
 

@@ -1,0 +1,28 @@
+"""The bars of the models: data, and no bar makes the benchmark fail."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+STEP_BARS = {"maskrcnn3d": 1.35, "maskdino3d": 1.6, "mask2former3d": 1.6}
+"""Most that a training step may take, in times of its convolutions, linear layers and attention alone."""
+MEMORY_BAR_GB = 16.0
+"""Peak memory of a training step at the papers' sizes stays below this; 1 GB is 1e9 bytes."""
+
+
+def verdicts(result: Mapping[str, Sequence[Row]]) -> Iterator[Row]:
+    """What was measured against its bar: {"model", "quantity", "value", "bar", "met"}, met None without a value."""
+    for row in result["steps"]:
+        value, limit = row["times_floor"], STEP_BARS[row["model"]]
+        yield _verdict(row["model"], "training step / floor", value, f"<= {limit:g}x", value <= limit)
+    for row in result["memory"]:
+        value = row["peak_gb"]
+        met = None if value is None else value < MEMORY_BAR_GB
+        if "error" in row:
+            met = False
+        yield _verdict(row["model"], "peak memory, GB", value, f"< {MEMORY_BAR_GB:g} GB", met)
+
+
+def _verdict(model: str, quantity: str, value: float | None, bar: str, met: bool | None) -> Row:
+    return {"model": model, "quantity": quantity, "value": value, "bar": bar, "met": met}
