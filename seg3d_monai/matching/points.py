@@ -159,7 +159,7 @@ class _DistinctRows(torch.autograd.Function):
         return table.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.num_rows, grad.shape[1]).index_copy_(0, index, grad), None
 
