@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DESCRIPTION = (
-    "Measures roi_align3d, nms3d and ms_deform_attn3d against grid_sample, MONAI's non_max_suppression and a plain "
-    "copy: time, extra memory, growth with each size."
+    "Measures roi_align3d, nms3d, ms_deform_attn3d and layer_norm against grid_sample, MONAI's non_max_suppression, "
+    "torch's layer_norm and a plain copy: time, extra memory, growth with each size."
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench import ms_deform, nms, roi_align
+from bench import layer_norm, ms_deform, nms, roi_align
 from bench.problem import Problem
 
 
@@ -55,6 +55,8 @@ class Case:
     backward_bars: tuple[Bar, ...] = ()
     anisotropic: dict[str, Any] = field(default_factory=dict)
     quick_anisotropic: dict[str, Any] = field(default_factory=dict)
+    has_bfloat16: bool = False
+    """A row in the table of bfloat16 also without an anisotropic variant."""
 
     @property
     def full_name(self) -> str:
@@ -189,5 +191,16 @@ CASES = [
         backward_bars=(at_least(2),),
         anisotropic={"levels": ANISOTROPIC_LEVELS},
         quick_anisotropic={"levels": QUICK_ANISOTROPIC_LEVELS},
+    ),
+    Case(
+        op="layer_norm",
+        name="maps",
+        work="147,456 rows of 64 channels, against torch's own layer_norm",
+        make=layer_norm.make,
+        sizes={"rows": 147_456, "channels": 64},
+        quick={"rows": 100, "channels": 64},
+        forward_bars=(at_least(1),),
+        backward_bars=(at_least(1),),
+        has_bfloat16=True,
     ),
 ]

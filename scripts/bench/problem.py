@@ -24,7 +24,7 @@ class Problem:
         differentiable: positions of the inputs that get a gradient; none for an operator without one.
         read_by_backward: positions of the inputs that any backward pass must read again.
         num_units: how much work there is, in `unit`s.
-        unit: what is counted: trilinear samples of one channel, or boxes.
+        unit: what is counted: trilinear samples of one channel, boxes, or numbers.
         kink_positions: positions of the inputs whose gradient jumps from voxel to voxel, so that rounding may put a
             few of its entries on the other side.
     """

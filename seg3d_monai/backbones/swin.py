@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from seg3d_monai.backbones.patches import pad_to_multiple
 from seg3d_monai.backbones.resnet import Axes
+from seg3d_monai.layers import LayerNorm
 from seg3d_monai.layers.conv import check_axes
 
 DEFAULT_MERGE_STRIDES: tuple[Axes, ...] = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -33,7 +34,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.stride = stride
         joined = channels * stride[0] * stride[1] * stride[2]
-        self.norm = nn.LayerNorm(joined)
+        self.norm = LayerNorm(joined)
         self.reduction = nn.Linear(joined, 2 * channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seg3d_monai.backbones.patches import PatchConv
 from seg3d_monai.backbones.resnet import Axes
-from seg3d_monai.layers import ChannelNorm
+from seg3d_monai.layers import ChannelNorm, LayerNorm
 from seg3d_monai.layers.conv import check_axes
 from seg3d_monai.layers.position import level_centres, sine_positions
 
@@ -30,10 +30,10 @@ class ViTBlock(nn.Module):
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm1 = LayerNorm(channels, eps=1e-6)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.project = nn.Linear(channels, channels)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm2 = LayerNorm(channels, eps=1e-6)
         self.expand = nn.Linear(channels, 4 * channels)
         self.contract = nn.Linear(4 * channels, channels)
 
@@ -85,7 +85,7 @@ class ViT(nn.Module):
         patch = check_axes("patch_size", patch_size)
         self.patches = PatchConv(in_channels, channels, patch)
         self.blocks = nn.ModuleList(ViTBlock(channels, num_heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.norm = LayerNorm(channels, eps=1e-6)
         two = (gcd(patch[0], 2), gcd(patch[1], 2), gcd(patch[2], 2))
         four = (gcd(patch[0], 4), gcd(patch[1], 4), gcd(patch[2], 4))
         rest = (four[0] // two[0], four[1] // two[1], four[2] // two[2])

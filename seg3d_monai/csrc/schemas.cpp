@@ -19,4 +19,8 @@ STABLE_TORCH_LIBRARY(seg3d, m) {
   m.def(
       "ms_deform_attn3d_backward(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor sampling_locations, "
       "Tensor attention_weights) -> (Tensor, Tensor, Tensor)");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> Tensor");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, "
+      "Tensor, Tensor)");
 }

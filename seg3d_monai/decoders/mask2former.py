@@ -15,6 +15,7 @@ from seg3d_monai.layers import (
     PLACE_CHANNELS,
     CrossAttention,
     FeedForward,
+    LayerNorm,
     PixelDecoderOutput,
     PlaceEmbedding,
     SelfAttention,
@@ -42,7 +43,7 @@ class PredictionHead(nn.Module):
 
     def __init__(self, *, channels: int, mask_channels: int, num_classes: int, has_centres: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.class_logits = nn.Linear(channels, num_classes + 1)
         self.mask_embeds = MLP(in_channels=channels, hidden=channels, out_channels=mask_channels, num_layers=3)
         self.has_centres = has_centres

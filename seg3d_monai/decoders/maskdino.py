@@ -25,6 +25,7 @@ from seg3d_monai.layers import (
     MLP,
     DeformableAttention3d,
     FeedForward,
+    LayerNorm,
     PixelDecoderOutput,
     PlaceEmbedding,
     SelfAttention,
@@ -62,7 +63,7 @@ class MaskDINOLayer(nn.Module):
         self.cross_attention = DeformableAttention3d(
             channels=channels, num_levels=num_levels, num_heads=num_heads, num_points=num_points
         )
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.feed_forward = FeedForward(channels=channels, hidden=feedforward)
 
     def forward(
@@ -96,22 +97,24 @@ class PredictionHeads(nn.Module):
 
     def __init__(self, *, channels: int, mask_channels: int, num_classes: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.class_logits = class_head(channels, num_classes)
         self.mask_embeds = MLP(in_channels=channels, hidden=channels, out_channels=mask_channels, num_layers=3)
         self.places = PlaceEmbedding(channels=channels)
         self.box_deltas = box_head(channels)
 
-    def masks(self, content: Tensor, boxes: Tensor) -> Tensor:
-        """Content [N, Q, C] and boxes [N, Q, 6], whose centres the masks lie around -> float32 embeddings."""
-        normed, boxes = self.norm(content), boxes.detach()
+    def masks(self, normed: Tensor, boxes: Tensor) -> Tensor:
+        """Normed queries [N, Q, C] and boxes [N, Q, 6], whose centres the masks lie around -> float32 embeddings."""
+        boxes = boxes.detach()
         places = self.places(normed, (boxes[..., :3] + boxes[..., 3:]) / 2)
         return torch.cat([self.mask_embeds(normed).float(), places.float()], -1)
 
-    def classes_and_deltas(self, content: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, Q, C] -> float32 class logits [N, Q, K], deltas of the boxes [N, Q, 6]."""
-        normed = self.norm(content)
-        return self.class_logits(normed).float(), self.box_deltas(normed).float()
+    def forward(self, states: Sequence[tuple[Tensor, Tensor]]) -> list[Prediction]:
+        """Predictions of normed queries [N, Q, C] with their boxes [N, Q, 6]; Q may differ, all go through at once."""
+        counts = [normed.shape[1] for normed, _ in states]
+        normed, boxes = (torch.cat(parts, 1) for parts in zip(*states, strict=True))
+        parts = (self.class_logits(normed).float(), self.masks(normed, boxes), boxes)
+        return [Prediction(*values) for values in zip(*(part.split(counts, 1) for part in parts), strict=True)]
 
 
 class MaskDINODecoder(nn.Module):
@@ -204,27 +207,28 @@ class MaskDINODecoder(nn.Module):
         """
         selected, first_boxes = self.selection(decoded)
         boxes = first_boxes.detach()
-        embeds = self.heads.masks(selected.tokens, boxes)
+        embeds = self.heads.masks(self.heads.norm(selected.tokens), boxes)
         if self.box_from_mask:
             # In cells of the memory, not of the mask features, which are eight times as many: layers refine the boxes.
             (pooled,) = pool_to_levels(decoded.mask_features, [decoded.mask_stride, decoded.strides[0]])
             boxes = mask_boxes(embeds, pooled, decoded.strides[0], boxes)
         content = self._first_content(selected)
-        names, predictions = ["encoder"], [Prediction(selected.class_logits, embeds, first_boxes)]
+        names, states = ["encoder"], []
         if self.content is None:
             names.append("initial")
-            logits, _ = self.heads.classes_and_deltas(content)
-            predictions.append(Prediction(logits, self.heads.masks(content, boxes), boxes))
+            states.append((self.heads.norm(content), boxes))
         noised = self._denoising_queries(content, targets)
         if noised is None:
-            outputs = _stack(predictions + self._refine(self._tie(content), boxes, decoded))
+            predictions = self.heads(states + self._refine(self._tie(content), boxes, decoded))
         else:
-            queries = content.shape[1]
             content = torch.cat([content, noised.content], 1)
             boxes = torch.cat([boxes, noised.boxes], 1)
-            refined = self._refine(content, boxes, decoded, noised.attention_mask)
-            outputs = _stack(predictions + [p.of(slice(None, queries)) for p in refined])
-            outputs["denoising"] = _stack([p.of(slice(queries, None)) for p in refined])
+            predictions = self.heads(states + self._refine(content, boxes, decoded, noised.attention_mask))
+        queries = first_boxes.shape[1]
+        first = Prediction(selected.class_logits, embeds, first_boxes)
+        outputs = _stack([first, *(p.of(slice(None, queries)) for p in predictions)])
+        if noised is not None:
+            outputs["denoising"] = _stack([p.of(slice(queries, None)) for p in predictions[len(states) :]])
             outputs["denoising"]["target_index"] = noised.target_index
         outputs["tokens"] = selected.scored
         outputs["names"] = names + [str(i + 1) for i in range(len(self.layers))]
@@ -234,21 +238,20 @@ class MaskDINODecoder(nn.Module):
 
     def _refine(
         self, content: Tensor, boxes: Tensor, decoded: PixelDecoderOutput, forbidden: Tensor | None = None
-    ) -> list[Prediction]:
-        """The prediction after every layer."""
-        predictions = []
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The normed queries and their boxes after every layer."""
+        states = []
         for layer in self.layers:
             references = boxes.detach()
             lower, upper = references.split(3, -1)
             coordinates = torch.cat([(lower + upper) / 2, upper - lower], -1)
             positions = self.position(sine_positions(coordinates, 3 * content.shape[2]).to(content.dtype))
             content = layer(content, positions, references, decoded, forbidden)
-            logits, deltas = self.heads.classes_and_deltas(content)
+            normed = self.heads.norm(content)
             # DINO looks forward twice: a layer's box also trains the layer before, through the box that it refines.
-            refined = refine_boxes(deltas, boxes)
-            predictions.append(Prediction(logits, self.heads.masks(content, refined), refined))
-            boxes = refine_boxes(deltas, references)
-        return predictions
+            refined, boxes = refine_boxes(self.heads.box_deltas(normed), torch.stack([boxes, references]))
+            states.append((normed, refined))
+        return states
 
     def _first_content(self, selected: SelectedTokens) -> Tensor:
         if self.content is None:

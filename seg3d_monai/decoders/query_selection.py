@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seg3d_monai.layers import MLP, PixelDecoderOutput
+from seg3d_monai.layers import MLP, LayerNorm, PixelDecoderOutput
 from seg3d_monai.ops.boxes import MAX_LOG_RATIO
 
 Axes = tuple[int, int, int]
 PRIOR = 0.01
 CHUNK = 1 << 24
 """Mask logits that `mask_boxes` holds at a time."""
+OUTSIDE = -1e4
+"""Added to a mask logit outside the box of its query: below any logit, and finite in every half type."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class TokenSelection(nn.Module):
         super().__init__()
         self.num_queries = num_queries
         self.anchor_cells = anchor_cells
-        self.project = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
+        self.project = nn.Sequential(nn.Linear(channels, channels), LayerNorm(channels))
         self.class_logits = class_head(channels, num_classes)
 
     def extra_repr(self) -> str:
@@ -203,15 +205,14 @@ def mask_boxes(mask_embeds: Tensor, mask_features: Tensor, mask_stride: Axes, bo
         box with its extent doubled, each cell a stride in extent; the predicted box itself where there is no such cell.
     """
     images, _, *size = mask_features.shape
-    features = mask_features.flatten(2)
+    features = torch.cat([mask_features.flatten(2), _axis_indicators(size, mask_features).expand(images, -1, -1)], 1)
     few = max(1, CHUNK // max(1, images * features.shape[2]))
     found = []
     for embeds, kept in zip(mask_embeds.to(features.dtype).split(few, 1), boxes.float().split(few, 1), strict=True):
-        logits = (embeds @ features).unflatten(2, size)
-        z, y, x = (_outside(kept, axis, size[axis], mask_stride[axis]).to(logits.dtype) for axis in range(3))
-        logits += (z[..., None] + y[..., None, :])[..., None]
-        # Every cell is looked at three times in all: x is narrowed down after the first maximum, on less data.
-        side, plane = logits.amax(3) + x[:, :, None], logits.amax(2) + x[:, :, None]
+        # What lies outside takes part in the product: added to the logits, it would be one more pass over all cells.
+        outside = [_outside(kept, axis, size[axis], mask_stride[axis]).to(embeds.dtype) for axis in range(3)]
+        logits = (torch.cat([embeds, *outside], 2) @ features).unflatten(2, size)
+        side, plane = logits.amax(3), logits.amax(2)  # never over x first, the runs of memory
         highest = (side.amax(3), plane.amax(3), plane.amax(2))
         lower, upper = zip(*(_run(values > 0) for values in highest), strict=True)
         corners = [cell * s for cell, s in zip((*lower, *upper), (*mask_stride, *mask_stride), strict=True)]
@@ -219,12 +220,21 @@ def mask_boxes(mask_embeds: Tensor, mask_features: Tensor, mask_stride: Axes, bo
     return torch.cat(found, 1)
 
 
+def _axis_indicators(size: Sequence[int], like: Tensor) -> Tensor:
+    """[d + h + w, d * h * w]: for each index of an axis, 1 in the cells that have it."""
+    indices = torch.meshgrid(*(torch.arange(n, device=like.device) for n in size), indexing="ij")
+    rows = [
+        index.flatten() == torch.arange(n, device=like.device)[:, None] for index, n in zip(indices, size, strict=True)
+    ]
+    return torch.cat(rows).to(like.dtype)
+
+
 def _outside(boxes: Tensor, axis: int, cells: int, stride: int) -> Tensor:
-    """[N, q, cells] of an axis: 0 where a cell's centre lies in a box [N, q, 6] with its extent doubled, else -inf."""
+    """[N, q, cells] of an axis: 0 for centres of cells within boxes [N, q, 6] of twice the extent, else OUTSIDE."""
     lower, upper = boxes[..., axis, None], boxes[..., axis + 3, None]
     centre = (torch.arange(cells, device=boxes.device) + 0.5) * stride
     distance = (centre - (lower + upper) / 2).abs()
-    return torch.where(distance < upper - lower, 0.0, -torch.inf)
+    return torch.where(distance < upper - lower, 0.0, OUTSIDE)
 
 
 def _run(occupied: Tensor) -> tuple[Tensor, Tensor]:

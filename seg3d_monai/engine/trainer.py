@@ -26,6 +26,7 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from seg3d_monai.engine.allocator import keep_freed_memory
 from seg3d_monai.inference.precision import autocast_dtype
 
 __all__ = ["InstanceTrainer", "TrainerEvents"]
@@ -46,7 +47,8 @@ class InstanceTrainer(SupervisedTrainer):
     the criterion as `loss_function(outputs, targets)`, outside it. `state.output` is {"loss": total, each named loss}.
 
     Args:
-        device: where the network is; batches are moved there.
+        device: where the network is; batches are moved there. On the CPU the process keeps memory that it frees, see
+            allocator.py.
         max_epochs: epochs planned, > 0; with max_minutes, the most.
         train_data_loader: iterable with a length; `set_epoch(epoch)` is called first if it has one.
         network: in train mode, (images, targets) -> dict of outputs.
@@ -96,6 +98,8 @@ class InstanceTrainer(SupervisedTrainer):
         _require(on_nonfinite in ("stop", "skip"), "on_nonfinite", on_nonfinite, "'stop' or 'skip'")
         _require(max_minutes is None or max_minutes > 0, "max_minutes", max_minutes, "a number > 0, or null")
         _require(ema_decay is None or 0 < ema_decay < 1, "ema_decay", ema_decay, "a number in (0, 1), or null")
+        if device.type == "cpu":
+            keep_freed_memory()
         self._loader = _ResumableLoader(train_data_loader)
         super().__init__(
             device=device,

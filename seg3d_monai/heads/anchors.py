@@ -41,6 +41,8 @@ class AnchorGrid(nn.Module):
         shift = torch.tensor([[s / 2 - s // 2 for s in stride] for stride in strides.values()])[:, None]
         # A buffer: trained weights know what their deltas refer to, whatever the config says by then.
         self.register_buffer("cell_anchors", torch.cat([shift - half, shift + half], 2))
+        self.steps: Tensor
+        self.register_buffer("steps", torch.tensor(list(strides.values())), persistent=False)
         self._generator = AnchorGeneratorWithAnchorShape(feature_map_scales=(1,), base_anchor_shapes=shapes[0])
 
     def extra_repr(self) -> str:
@@ -50,7 +52,5 @@ class AnchorGrid(nn.Module):
     def forward(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """{level: [N, C, D, H, W]} -> for each level, [D * H * W * num_anchors, 6] boxes in input voxels, float32."""
         sizes = [list(features[level].shape[2:]) for level in self.strides]
-        device = next(iter(features.values())).device
-        strides = [[torch.tensor(s, device=device) for s in stride] for stride in self.strides.values()]
         self._generator.cell_anchors = list(self.cell_anchors.float())  # a network in half precision casts its buffers
-        return self._generator.grid_anchors(sizes, strides)
+        return self._generator.grid_anchors(sizes, [list(step) for step in self.steps])

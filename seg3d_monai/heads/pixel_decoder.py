@@ -20,6 +20,7 @@ from seg3d_monai.layers import (
     ChannelNorm,
     DeformableAttention3d,
     FeedForward,
+    LayerNorm,
     PixelDecoderOutput,
     level_centres,
     level_positions,
@@ -45,7 +46,7 @@ class DeformableEncoderLayer(nn.Module):
         self.attention = DeformableAttention3d(
             channels=channels, num_levels=num_levels, num_heads=num_heads, num_points=num_points
         )
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.feedforward = FeedForward(channels=channels, hidden=feedforward)
 
     def forward(
@@ -75,11 +76,11 @@ class Fusion(nn.Module):
     def __init__(self, *, in_channels: int, channels: int, ratio: Axes) -> None:
         super().__init__()
         self.ratio = ratio
-        self.lateral = nn.Linear(in_channels, channels)
+        self.lateral = nn.Linear(in_channels, channels, bias=False)  # as published: a norm follows
         self.lateral_norm = CellNorm(channels)
         self.conv = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        self.norm = ChannelNorm(channels)
+        self.norm = ChannelNorm(channels, relu=True)
 
     def forward(self, fine: Tensor, coarse: Tensor, padding: Tensor | None) -> Tensor:
         """Fuse two levels.
@@ -98,7 +99,8 @@ class Fusion(nn.Module):
         # not of the sizes: cell i lies in coarse cell i // ratio at odd sizes too.
         grown = F.interpolate(coarse.to(merged.dtype), scale_factor=tuple(map(float, self.ratio)), mode="nearest")
         merged = _without(merged + grown[:, :, :depth, :height, :width], padding)
-        return torch.relu(self.norm(self.conv(merged)))
+        fused: Tensor = self.norm(self.conv(merged))
+        return fused
 
 
 class DeformablePixelDecoder(nn.Module):
@@ -158,7 +160,7 @@ class DeformablePixelDecoder(nn.Module):
         self.hidden = hidden
         self.activation_checkpointing = activation_checkpointing
         self.projections = nn.ModuleDict(
-            {v: nn.Sequential(nn.Linear(channels[v], hidden), nn.LayerNorm(hidden)) for v in memory_levels}
+            {v: nn.Sequential(nn.Linear(channels[v], hidden), LayerNorm(hidden)) for v in memory_levels}
         )
         self.level_embeddings = nn.Parameter(torch.randn(len(memory_levels), hidden))
         self.layers = nn.ModuleList(
@@ -247,7 +249,14 @@ class DeformablePixelDecoder(nn.Module):
 
 
 def _cells(features: Tensor) -> Tensor:
-    """[N, C, D, H, W] -> [N, D * H * W, C]."""
+    """[N, C, D, H, W] -> [N, D * H * W, C].
+
+    The gradient is brought into the order of the features, where it meets those of convolutions: sums and activations
+    of tensors in two orders take several times as long on a CPU.
+    """
+    features = features.view_as(features)
+    if features.requires_grad and features.is_contiguous():
+        features.register_hook(torch.Tensor.contiguous)
     return features.flatten(2).transpose(1, 2)
 
 

@@ -68,18 +68,17 @@ def select_proposals(
     Returns:
         For each image, [P, 6] proposals by descending objectness, P <= post_nms_top_n.
     """
+    best = [logits.topk(min(pre_nms_top_n, logits.shape[1]), 1) for logits in objectness]
+    rows = [level_best.indices for level_best in best]
+    levels = torch.cat([torch.full_like(row, level) for level, row in enumerate(rows)], 1)
+    best_deltas = [d.gather(1, row[..., None].expand(-1, -1, 6)) for d, row in zip(deltas, rows, strict=True)]
+    best_anchors = torch.cat([a[row] for a, row in zip(anchors, rows, strict=True)], 1)
+    boxes = decode_boxes(torch.cat(best_deltas, 1).flatten(0, 1), best_anchors.flatten(0, 1), ANCHOR_WEIGHTS)
+    boxes = clip_boxes(boxes, image_size).view_as(best_anchors)
     proposals = []
-    for n in range(objectness[0].shape[0]):
-        boxes, scores, groups = [], [], []
-        for level, (logits, level_deltas, level_anchors) in enumerate(zip(objectness, deltas, anchors, strict=True)):
-            top = logits[n].topk(min(pre_nms_top_n, logits.shape[1])).indices
-            box = clip_boxes(decode_boxes(level_deltas[n, top], level_anchors[top], ANCHOR_WEIGHTS), image_size)
-            keep = non_empty(box, min_size)
-            keep = keep[logits[n, top[keep]].sigmoid() >= min_objectness]
-            boxes.append(box[keep])
-            scores.append(logits[n, top[keep]])
-            groups.append(torch.full_like(keep, level))
-        box, score = torch.cat(boxes), torch.cat(scores)
-        kept = batched_nms3d(box, score, torch.cat(groups), nms_threshold)[:post_nms_top_n]
-        proposals.append(box[kept])
+    for box, score, level in zip(boxes, torch.cat([b.values for b in best], 1), levels, strict=True):
+        keep = non_empty(box, min_size)
+        keep = keep[score[keep].sigmoid() >= min_objectness]
+        kept = batched_nms3d(box[keep], score[keep], level[keep], nms_threshold)[:post_nms_top_n]
+        proposals.append(box[keep[kept]])
     return proposals

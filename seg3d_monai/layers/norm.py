@@ -1,17 +1,60 @@
-"""Norms that look at one cell at a time, so that they answer the same in a block of any size."""
+"""LayerNorms: each looks at the channels of one cell at a time, so it answers the same in a block of any size.
+
+On CPUs large bfloat16 maps run on `seg3d_monai.ops.layer_norm`, all else on torch's own. Both answer the same up to
+rounding; the operator's gradients of the parameters stay exact. Parameters are named as in nn.LayerNorm.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seg3d_monai.ops import layer_norm
 
-class CellNorm(nn.LayerNorm):
+HALVES = (torch.bfloat16, torch.float16)
+LEAST_NUMBERS = 50_000
+"""A smaller x takes torch's own norm on CPUs too, because a call of the operator itself takes longer."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the last axis, followed by a ReLU if wanted.
+
+    Args:
+        channels: length C of the last axis.
+        eps: what is added to the variance.
+        relu: whether results below 0 become 0.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, relu: bool = False) -> None:
+        super().__init__(channels, eps)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> the same shape, in the dtype of nn.LayerNorm: that of x, or float32 under autocast on CUDA."""
+        return self._normed(x, self.weight, self.bias)
+
+    def _normed(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if _gains_from_operator(x):
+            return layer_norm(x, weight, bias, self.eps, self.relu)
+        normed = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return torch.relu(normed) if self.relu else normed
+
+    def extra_repr(self) -> str:
+        """The settings, for print(module)."""
+        return f"{super().extra_repr()}, relu={self.relu}"
+
+
+class CellNorm(LayerNorm):
     """LayerNorm that keeps half types under autocast, which would double the memory of the finest maps."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C], same dtype; moments are float32 or better."""
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        # On CPUs half types take float32 parameters as they are, by the operator and by torch.
+        if not (x.device.type == "cpu" and x.dtype in HALVES and weight.dtype == torch.float32):
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            return self._normed(x, weight, bias)
 
 
 class ChannelNorm(CellNorm):
@@ -20,3 +63,11 @@ class ChannelNorm(CellNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, D, H, W] -> the same."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def _gains_from_operator(x: Tensor) -> bool:
+    """Whether the operator takes less time than torch's own norm: for other dtypes that is as fast, or faster."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return False
+    # A graph that is traced serves other sizes too.
+    return torch.compiler.is_compiling() or x.numel() >= LEAST_NUMBERS

@@ -27,7 +27,8 @@ def pool_to_levels(features: Tensor, strides: Sequence[Axes]) -> list[Tensor]:
     for fine, coarse in pairwise(strides):
         ratio = [c // f for f, c in zip(fine, coarse, strict=True)]
         missing = [-n % r for n, r in zip(cells.shape[1:4], ratio, strict=True)]
-        cells = F.pad(cells, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))
+        if any(missing):  # padding by nothing would copy
+            cells = F.pad(cells, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))
         # Slices along z and y are long runs of memory, and half types stay halved until x: on a CPU this takes a
         # twentieth of the time of a mean over three axes.
         cells = _sum_of_slices(_sum_of_slices(cells, 1, ratio[0]), 2, ratio[1])

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seg3d_monai.layers.norm import LayerNorm
+
 
 class Attention(nn.Module):
     """Multi-head attention on torch's fused kernels.
@@ -87,7 +89,7 @@ class SelfAttention(nn.Module):
     def __init__(self, *, channels: int, num_heads: int = 8) -> None:
         super().__init__()
         self.attention = Attention(channels=channels, num_heads=num_heads)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
 
     def forward(self, queries: Tensor, positions: Tensor, forbidden: Tensor | None = None) -> Tensor:
         """Queries [N, Q, C], positions [N, Q, C], forbidden bool [Q, Q] or [N, Q, Q] -> [N, Q, C]."""
@@ -107,7 +109,7 @@ class CrossAttention(nn.Module):
     def __init__(self, *, channels: int, num_heads: int = 8) -> None:
         super().__init__()
         self.attention = Attention(channels=channels, num_heads=num_heads)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
 
     def forward(
         self,
@@ -148,7 +150,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.expand = nn.Linear(channels, hidden)
         self.reduce = nn.Linear(hidden, channels)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         for layer in (self.expand, self.reduce):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

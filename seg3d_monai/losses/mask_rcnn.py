@@ -64,48 +64,48 @@ class MaskRCNNCriterion:
         self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
         anchors = outputs["anchors"]
-        logits, labels, deltas, wanted = [], [], [], []
+        found, missed, boxes = [], [], []  # foreground and background rows among the anchors of all images in a row
         for n, target in enumerate(targets):
             matched = self.matcher(anchors, target["boxes"], target["label"])
             foreground, background = sample_balanced(matched, self.num_anchor_samples, self.anchor_foreground_fraction)
-            rows = torch.cat([foreground, background])
-            logits.append(outputs["objectness"][n, rows])
-            labels.append((matched[rows] >= 0).float())
-            deltas.append(outputs["anchor_deltas"][n, foreground])
-            wanted.append(encode_boxes(target["boxes"][matched[foreground]], anchors[foreground], ANCHOR_WEIGHTS))
-        logit, count = torch.cat(logits), max(1, sum(len(v) for v in logits))
-        box = F.smooth_l1_loss(torch.cat(deltas), torch.cat(wanted), beta=1 / 9, reduction="sum")
+            found.append(foreground + n * len(anchors))
+            missed.append(background + n * len(anchors))
+            boxes.append(target["boxes"][matched[foreground]])
+        foreground, rows = torch.cat(found), torch.cat(found + missed)
+        logits = outputs["objectness"].flatten().index_select(0, rows)
+        deltas = outputs["anchor_deltas"].flatten(0, 1).index_select(0, foreground)
+        is_object = (torch.arange(len(rows), device=rows.device) < len(foreground)).to(logits)
+        wanted = encode_boxes(torch.cat(boxes), anchors[foreground % len(anchors)], ANCHOR_WEIGHTS)
+        count = max(1, len(rows))
         return {
-            "objectness": F.binary_cross_entropy_with_logits(logit, torch.cat(labels), reduction="sum") / count,
-            "anchor_box": box / count,
+            "objectness": F.binary_cross_entropy_with_logits(logits, is_object, reduction="sum") / count,
+            "anchor_box": F.smooth_l1_loss(deltas, wanted, beta=1 / 9, reduction="sum") / count,
         }
 
     def _roi_losses(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         logits, matched = outputs["class_logits"], outputs["roi_matched"]
         foreground = (matched >= 0).nonzero().squeeze(1)
-        batch, index = outputs["roi_batch"][foreground], matched[foreground]
+        counts, index = _counts(outputs["roi_batch"][foreground], len(targets)), matched[foreground]
         classes = torch.full_like(matched, logits.shape[1] - 1)
-        classes[foreground] = _lookup(targets, "classes", batch, index)
-        boxes = _lookup(targets, "boxes", batch, index)
+        classes[foreground] = _lookup(targets, "classes", index, counts)
+        boxes = _lookup(targets, "boxes", index, counts)
         wanted = encode_boxes(boxes, outputs["rois"][foreground], ROI_WEIGHTS)
         count = max(1, len(matched))
         box = F.smooth_l1_loss(outputs["roi_deltas"][foreground], wanted, reduction="sum")
         return {"class": F.cross_entropy(logits, classes, reduction="sum") / count, "roi_box": box / count}
 
     def _mask_losses(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        batch, index = outputs["mask_batch"], outputs["mask_matched"]
-        classes = _lookup(targets, "classes", batch, index)
-        logits = outputs["mask_logits"][torch.arange(len(classes), device=classes.device), classes]
-        occupancy, valid = [logits.new_zeros((0, *logits.shape[1:]))], [logits.new_zeros((0, *logits.shape[1:])).bool()]
-        for n, target in enumerate(targets):
-            rows = batch == n
-            grid = mask_targets(
-                target["label"], target["ids"][index[rows]], outputs["mask_rois"][rows], logits.shape[1:]
-            )
-            occupancy.append(grid[0])
-            valid.append(grid[1])
-        wanted, weight = torch.cat(occupancy).flatten(1), torch.cat(valid).flatten(1).float()
-        logits = logits.flatten(1)
+        logits, matched = outputs["mask_logits"], outputs["mask_matched"]
+        counts = _counts(outputs["mask_batch"], len(targets))
+        rois = outputs["mask_rois"].split(counts)
+        grids = [
+            mask_targets(target["label"], target["ids"][index], boxes, logits.shape[2:])
+            for target, index, boxes in zip(targets, matched.split(counts), rois, strict=True)
+        ]
+        classes = _lookup(targets, "classes", matched, counts)
+        rows = torch.arange(len(logits), device=logits.device) * logits.shape[1] + classes
+        logits = logits.flatten(2).flatten(0, 1).index_select(0, rows)  # as logits[arange, classes], gradient faster
+        wanted, weight = (torch.cat(parts).flatten(1).to(logits) for parts in zip(*grids, strict=True))
         bce = F.binary_cross_entropy_with_logits(logits, wanted, weight=weight, reduction="sum")
         prob = logits.sigmoid() * weight
         overlap = (prob * wanted).sum(1)
@@ -113,6 +113,11 @@ class MaskRCNNCriterion:
         return {"mask_bce": bce / weight.sum().clamp(min=1), "mask_dice": dice.sum() / max(1, len(dice))}
 
 
-def _lookup(targets: Sequence[Mapping[str, Tensor]], key: str, batch: Tensor, index: Tensor) -> Tensor:
-    """targets[batch[i]][key][index[i]] for each i, as one tensor; `batch` is ascending."""
-    return torch.cat([target[key][index[batch == n]] for n, target in enumerate(targets)])
+def _counts(batch: Tensor, num_images: int) -> list[int]:
+    """How many rows each image has, for `split`; `batch` [R] is ascending."""
+    return (batch == torch.arange(num_images, device=batch.device)[:, None]).sum(1).tolist()
+
+
+def _lookup(targets: Sequence[Mapping[str, Tensor]], key: str, index: Tensor, counts: Sequence[int]) -> Tensor:
+    """Rows `index` [R] of the images' targets[key], as one tensor; the first counts[0] are of the first image, ..."""
+    return torch.cat([target[key][rows] for target, rows in zip(targets, index.split(counts), strict=True)])

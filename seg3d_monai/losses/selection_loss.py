@@ -4,13 +4,13 @@ Each instance has one token, the nearest to its middle on the level that fits it
 higher, the nearer (CenterNet, Zhou et al. 2019, eq. 1, over several levels). Must not know how tokens are chosen.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from seg3d_monai.losses.set_losses import focal_term
 from seg3d_monai.matching.points import IGNORED_VALUE
 
 SPREAD = 1 / 6
@@ -31,77 +31,78 @@ def selection_loss(tokens: Mapping[str, Any], targets: Sequence[Mapping[str, Ten
     Returns:
         The sum over tokens and classes, divided by the number of instances or by 1.
     """
-    logits, padding = tokens["class_logits"], tokens["padding"]
-    total = logits.new_zeros(())
-    for n, target in enumerate(targets):
-        heat, counted = token_heat(tokens, target, logits.shape[2], None if padding is None else padding[n])
-        prob = logits[n].sigmoid()
-        near = (1 - heat) ** NEAR_POWER * prob**MISS_POWER * F.softplus(logits[n])
-        miss = (1 - prob) ** MISS_POWER * F.softplus(-logits[n])
-        total = total + (torch.where(heat == 1, miss, near) * counted[:, None]).sum()
-    return total / max(1, sum(len(target["classes"]) for target in targets))
+    logits = tokens["class_logits"]
+    heat, counted = token_heat(tokens, targets)
+    is_own = heat == 1
+    weight = ((1 - heat) ** NEAR_POWER).masked_fill(is_own, 1) * counted[..., None]
+    loss = weight * focal_term(logits, is_own.to(logits.dtype), gamma=MISS_POWER)
+    return loss.sum() / max(1, sum(len(target["classes"]) for target in targets))
 
 
 @torch.no_grad()
-def token_heat(
-    tokens: Mapping[str, Any], target: Mapping[str, Tensor], num_classes: int, padding: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """How near each token is to the middle of an object.
-
-    Args:
-        tokens: see `selection_loss`.
-        target: of one image.
-        num_classes: K.
-        padding: bool [S] of that image, or None.
+def token_heat(tokens: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """How near each token is to the middle of an object; arguments as for `selection_loss`.
 
     Returns:
-        Heat float32 [S, K], 1 for an instance's own token only, and bool [S], whether a token has a loss.
+        Heat float32 [N, S, K], 1 for an instance's own token only, and bool [N, S], whether a token has a loss.
     """
-    centres, label, classes = tokens["centres"], target["label"], target["classes"]
-    last = torch.tensor(label.shape, device=label.device) - 1
-    z, y, x = centres.floor().long().minimum(last).unbind(1)  # the last cell may have its centre outside
-    counted = label[z, y, x] != IGNORED_VALUE
-    if padding is not None:
-        counted &= ~padding
-    heat = centres.new_zeros(num_classes, len(centres))
-    if not len(classes):
-        return heat.t(), counted
-    lower, upper = target["boxes"].to(centres.dtype).split(3, 1)
+    centres, counts = tokens["centres"], [d * h * w for d, h, w in tokens["sizes"]]
+    num_images, num_tokens, num_classes = tokens["class_logits"].shape
+    counted = on_annotated(targets, centres.expand(num_images, -1, -1))
+    if tokens["padding"] is not None:
+        counted &= ~tokens["padding"]
+    # The G instances of all images in one list, each with the number of its image.
+    classes = torch.cat([target["classes"] for target in targets])
+    image_of = torch.cat([torch.full_like(target["classes"], n) for n, target in enumerate(targets)])
+    lower, upper = torch.cat([target["boxes"] for target in targets]).to(centres.dtype).split(3, 1)
     middle, extent = (lower + upper) / 2, upper - lower
-    counts = [d * h * w for d, h, w in tokens["sizes"]]
-    grids = [
-        (level.unflatten(0, size), extents[0], valid)
-        for level, size, extents, valid in zip(
-            centres.split(counts), tokens["sizes"], tokens["extents"].split(counts), counted.split(counts), strict=True
-        )
-    ]
-    misfits = [
-        (extent / typical).log().abs().sum(1).masked_fill(~valid.any(), torch.inf) for _, typical, valid in grids
-    ]
-    level_of = torch.stack(misfits).argmin(0)
-    warmth, distance = [], []
-    for number, (grid, typical, valid) in enumerate(grids):
-        fits = (level_of == number)[:, None]
-        away = [axis - middle[:, i, None] for i, axis in enumerate(_axes(grid))]
-        # What depends on a distance is a product or a sum over the axes of the grid.
-        heats = [(-0.5 * (d / (SPREAD * extent[:, i, None])) ** 2).exp() for i, d in enumerate(away)]
-        squares = [(d / typical[i]) ** 2 for i, d in enumerate(away)]
-        warmth.append(_outer(torch.mul, heats) * (fits & valid))
-        distance.append(_outer(torch.add, squares).masked_fill(~(fits & valid), torch.inf))
-    own = torch.cat(distance, 1).argmin(1)
+
+    typical = torch.stack([extents[0] for extents in tokens["extents"].split(counts)])
+    has_tokens = torch.stack([level.any(1) for level in counted.split(counts, 1)], 1)
+    misfit = (extent[:, None] / typical).log().abs().sum(2)
+    level_of = misfit.masked_fill(~has_tokens[image_of], torch.inf).argmin(1)
+
+    own, row, nearest, start = torch.zeros_like(classes), image_of * num_classes + classes, [], 0
+    for number, (size, grid) in enumerate(zip(tokens["sizes"], centres.split(counts), strict=True)):
+        fits = level_of == number
+        # Two measures of the distance of every token: the spread of an instance's heat, and the level's typical extent.
+        units = torch.stack([SPREAD * extent, typical[number].expand_as(extent)])
+        of_spread, of_level = _squared_distance(grid.unflatten(0, size), middle, units).flatten(2)
+        # An instance of another level is the nearest in a row of its own, which is dropped.
+        rows = torch.where(fits, row, num_images * num_classes)
+        least = centres.new_full((num_images * num_classes + 1, len(grid)), torch.inf)
+        nearest.append(least.scatter_reduce_(0, rows[:, None].expand_as(of_spread), of_spread, "amin")[:-1])
+        is_counted = counted[:, start : start + len(grid)][image_of]
+        own = torch.where(fits, of_level.masked_fill_(~is_counted, torch.inf).argmin(1) + start, own)
+        start += len(grid)
     # A token that is not its instance's own stays below 1, however near.
-    near = torch.cat(warmth, 1).clamp(max=0.99)
-    heat = heat.scatter_reduce(0, classes[:, None].expand_as(near), near, "amax")
-    heat[classes, own] = 1
-    return heat.t(), counted
+    heat = (-0.5 * torch.cat(nearest, 1)).exp_().clamp_(max=0.99).view(num_images, num_classes, num_tokens)
+    heat[image_of, classes, own] = 1
+    return heat.transpose(1, 2), counted
 
 
-def _axes(grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Places along z, y and x of a grid of points [d, h, w, 3]."""
-    return grid[:, 0, 0, 0], grid[0, :, 0, 1], grid[0, 0, :, 2]
+def on_annotated(targets: Sequence[Mapping[str, Tensor]], places: Tensor) -> Tensor:
+    """Whether places lie on voxels that are not ignored.
+
+    Args:
+        targets: for each image {"label" [D, H, W]}, of one size.
+        places: [N, ..., 3], voxels; past the border the nearest voxel counts.
+
+    Returns:
+        bool [N, ...].
+    """
+    depth, height, width = targets[0]["label"].shape
+    z, y, x = places.floor().long().unbind(-1)
+    index = (z.clamp(0, depth - 1) * height + y.clamp(0, height - 1)) * width + x.clamp(0, width - 1)
+    return torch.stack([t["label"].take(i) for t, i in zip(targets, index.unbind(), strict=True)]) != IGNORED_VALUE
 
 
-def _outer(combine: Callable[[Tensor, Tensor], Tensor], axes: Sequence[Tensor]) -> Tensor:
-    """Values [G, d], [G, h], [G, w], combined for each cell: [G, d * h * w]."""
-    z, y, x = axes
-    return combine(z[:, :, None, None], combine(y[:, :, None], x[:, None])[:, None]).flatten(1)
+def _squared_distance(grid: Tensor, middle: Tensor, units: Tensor) -> Tensor:
+    """Squared distance [U, G, d, h, w] of a grid of points [d, h, w, 3] from middles [G, 3], in units [U, G, 3].
+
+    It is a sum over axes, and a term of it depends on one axis of the grid only.
+    """
+    axes = grid[:, :1, :1, 0], grid[:1, :, :1, 1], grid[:1, :1, :, 2]
+    from_middle, in_units = (values[..., None, None, None, :].unbind(-1) for values in (middle, units))
+    z, y, x = (((a - m) / u) ** 2 for a, m, u in zip(axes, from_middle, in_units, strict=True))
+    return z + (y + x)

@@ -10,12 +10,14 @@ Must not know models; a decoder is known by its outputs only.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from seg3d_monai.losses.selection_loss import selection_loss
+from seg3d_monai.losses.selection_loss import on_annotated, selection_loss
 from seg3d_monai.losses.set_losses import box_giou, box_l1, class_cross_entropy, class_focal, mask_bce, mask_dice
 from seg3d_monai.matching import HungarianMatcher, PointSet, batch_point_features, sample_points
 from seg3d_monai.matching.points import IGNORED_VALUE
@@ -23,18 +25,46 @@ from seg3d_monai.matching.points import IGNORED_VALUE
 logger = logging.getLogger(__name__)
 
 SET_LOSSES = ("class", "mask_bce", "mask_dice", "box_l1", "box_giou", "selection")
+BOX_LOSSES = ("box_l1", "box_giou")
 NO_OBJECT = -1
 PADDING = -2
 """Kinds of denoising queries that have no instance."""
 
 
 @dataclass(frozen=True)
-class _Image:
-    """What the queries of one image are held against: the target, its points, and mask features [P, C] at them."""
+class _Truth:
+    """What queries are held against: the targets of a batch, its points, and mask features [P, C] at them."""
 
-    target: Mapping[str, Tensor]
-    points: PointSet
-    features: Tensor
+    targets: Sequence[Mapping[str, Tensor]]
+    points: Sequence[PointSet]
+    features: Sequence[Tensor]
+
+    def joined(self, key: str) -> Tensor:
+        """What the targets say of their instances, of those of all images in one list."""
+        return torch.cat([target[key] for target in self.targets])
+
+    def rows(self, matched: Tensor) -> Tensor:
+        """Instances int64 [L, N, Q] of each image as rows of that list; what is negative stays."""
+        starts = accumulate((len(target["ids"]) for target in self.targets), initial=0)
+        rows = [index + start for index, start in zip(matched.unbind(1), starts, strict=False)]
+        return torch.where(matched < 0, matched, torch.stack(rows, 1))
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """Queries whose instance is known.
+
+    Attributes:
+        predictions: class_logits, mask_embeds and, if any, boxes, each [L, N, Q, ...].
+        matched: int64 [L, N, Q], the row of an instance among those of all images, NO_OBJECT or PADDING.
+        table: int64 [G, L * r], the queries of each of them among L * N * Q, -1 where a layer has fewer than r.
+        count: what sums are divided by.
+    """
+
+    predictions: Mapping[str, Tensor]
+    matched: Tensor
+    table: Tensor
+    count: int
 
 
 class SetCriterion:
@@ -131,7 +161,7 @@ class SetCriterion:
             raise ValueError(f"names {names} do not name {num_layers} predictions, the last layer last")
         self._warn_once(targets, num_queries)
         num_classes = num_logits - (self.class_loss == "cross_entropy")
-        num_copies = _check_counts(targets, num_classes, denoising)
+        num_copies, num_positive = _check_counts(targets, num_classes, denoising)
 
         points = [
             sample_points(target, num_uniform=self.num_uniform_points, num_own=self.num_instance_points)
@@ -140,85 +170,48 @@ class SetCriterion:
         coordinates = [p.coordinates for p in points]
         features = batch_point_features(outputs["mask_features"], outputs["mask_stride"], coordinates)
         matched = self.matcher(outputs, targets, points, features, targets[0]["label"].shape)
-        num_instances = sum(len(target["ids"]) for target in targets)
-        images = [_Image(*parts) for parts in zip(targets, points, features, strict=True)]
-        by_layer = self._by_layer(outputs, matched, 1, images, max(1, num_instances))
-        if not num_instances:  # no mask was looked at; its features get a gradient all the same, of zeros
-            by_layer["mask_bce"] = by_layer["mask_bce"] + 0 * outputs["mask_features"].sum()
+        truth = _Truth(targets, points, features)
+        known = [_queries(outputs, matched, 1, truth, sum(len(target["ids"]) for target in targets))]
+        if denoising is not None:
+            index = denoising["target_index"].expand(len(denoising["class_logits"]), -1, -1)
+            known.append(_queries(denoising, index, num_copies, truth, num_positive))
+        has_boxes = outputs.get("boxes") is not None
+        kinds = [name for name in SET_LOSSES[:-1] if has_boxes or name not in BOX_LOSSES]
+        of_layers, *of_denoising = self._by_layer(known, truth, kinds)
 
-        losses = {name: loss[-1] for name, loss in by_layer.items()}
+        layers = of_layers.unbind(1)
+        losses = dict(zip(kinds, layers[-1], strict=True))
         encoder = [row for row, name in enumerate(names) if name == "encoder"]
         others = [row for row, name in enumerate(names[:-1]) if name != "encoder"]
         for prefix, rows in (("aux", others), ("encoder", encoder)):
             if rows:
-                losses |= {
-                    f"{prefix}_{n}": torch.stack([loss[row] for row in rows]).sum() for n, loss in by_layer.items()
-                }
-        if denoising is not None:
-            index = denoising["target_index"]
-            known = index.expand(len(denoising["class_logits"]), *index.shape)
-            num_positive = (index >= 0).sum().clamp(min=1)
-            by_layer = self._by_layer(denoising, known, num_copies, images, num_positive)
-        if denoising is not None or "box_l1" in by_layer:
-            factor = 0 if denoising is None else 1  # without denoising queries the names stay, and the graph
-            losses |= {f"denoising_{name}": factor * loss.sum() for name, loss in by_layer.items()}
+                total = torch.stack([layers[row] for row in rows]).sum(0)
+                losses |= {f"{prefix}_{kind}": loss for kind, loss in zip(kinds, total, strict=True)}
+        if of_denoising or has_boxes:
+            # Without denoising queries the names stay, and the graph.
+            total = of_denoising[0].sum(1) if of_denoising else 0 * of_layers.sum(1)
+            losses |= {f"denoising_{kind}": loss for kind, loss in zip(kinds, total, strict=True)}
         if "tokens" in outputs:
             losses["selection"] = self.weights["selection"] * selection_loss(outputs["tokens"], targets)
         return losses
 
-    def _by_layer(
-        self,
-        predictions: Mapping[str, Tensor],
-        matched: Tensor,
-        num_copies: int,
-        images: Sequence[_Image],
-        count: int | Tensor,
-    ) -> dict[str, Tensor]:
-        """Weighted losses [L] of queries whose instance is known.
+    def _by_layer(self, known: Sequence[_Queries], truth: _Truth, kinds: Sequence[str]) -> list[Tensor]:
+        """Weighted losses [kinds, L] of each set of queries."""
+        weighted = []
+        for queries, sums in zip(known, _instance_losses(known, truth), strict=True):
+            losses = [self._class_loss(queries, truth), *(sums / queries.count)]
+            weighted.append(torch.stack([self.weights[kind] * loss for kind, loss in zip(kinds, losses, strict=True)]))
+        return weighted
 
-        Args:
-            predictions: class_logits, mask_embeds and, if any, boxes, each [L, N, Q, ...].
-            matched: int64 [L, N, Q], an instance, NO_OBJECT or PADDING.
-            num_copies: most queries of one layer and image that have the same instance.
-            images: the truth.
-            count: what sums are divided by.
-        """
-        embeds, boxes = _wide(predictions["mask_embeds"]), predictions.get("boxes")
-        # Sums begin as zeros of the graph: with no instance at all every parameter still gets a gradient.
-        sums = dict.fromkeys(("mask_bce", "mask_dice"), 0 * embeds.flatten(1).sum(1))
-        if boxes is not None:
-            boxes = _wide(boxes)
-            sums |= dict.fromkeys(("box_l1", "box_giou"), 0 * boxes.flatten(1).sum(1))
-        for n, image in enumerate(images):
-            target, num_instances = image.target, len(image.target["ids"])
-            if not num_instances:
-                continue
-            table = queries_of_instances(matched[:, n], num_instances, num_copies)
-            bce, dice = _mask_losses(_take(embeds[:, n], table), image)
-            found = {"mask_bce": bce, "mask_dice": dice}
-            if boxes is not None:
-                box, truth = _take(boxes[:, n], table), target["boxes"].to(boxes.dtype)[:, None]
-                found |= {"box_l1": box_l1(box, truth, target["label"].shape), "box_giou": box_giou(box, truth)}
-            sums = {name: total + (found[name] * (table >= 0)).sum((1, 2)) for name, total in sums.items()}
-        losses = {"class": self._class_loss(predictions, matched, images, count)}
-        losses |= {name: total / count for name, total in sums.items()}
-        return {name: self.weights[name] * loss for name, loss in losses.items()}
-
-    def _class_loss(
-        self, predictions: Mapping[str, Tensor], matched: Tensor, images: Sequence[_Image], count: int | Tensor
-    ) -> Tensor:
-        logits = _wide(predictions["class_logits"])
-        classes, counted = [], []
-        for n, (image, index) in enumerate(zip(images, matched.unbind(1), strict=True)):
-            truth = torch.cat([image.target["classes"], index.new_tensor([NO_OBJECT])])
-            classes.append(truth[torch.where(index < 0, len(truth) - 1, index)])
-            counted.append((index >= 0) | ((index == NO_OBJECT) & ~_on_ignored(predictions, n, image)))
-        arguments = (logits, torch.stack(classes, 1), torch.stack(counted, 1))
+    def _class_loss(self, queries: _Queries, truth: _Truth) -> Tensor:
+        """[L]."""
+        logits, matched = _wide(queries.predictions["class_logits"]), queries.matched
+        classes = F.pad(truth.joined("classes"), (0, 1), value=NO_OBJECT)[matched.clamp(min=NO_OBJECT)]
+        counted = torch.where(matched == NO_OBJECT, _on_annotated(queries.predictions, truth), matched >= 0)
         if self.class_loss == "focal":
-            loss = class_focal(*arguments, alpha=self.focal_alpha, gamma=self.focal_gamma) / count
-        else:
-            loss = class_cross_entropy(*arguments, no_object_weight=self.no_object_weight)
-        return loss.sum((1, 2))
+            loss = class_focal(logits, classes, counted, alpha=self.focal_alpha, gamma=self.focal_gamma)
+            return loss.sum((1, 2)) / queries.count
+        return class_cross_entropy(logits, classes, counted, no_object_weight=self.no_object_weight).sum((1, 2))
 
     def _warn_once(self, targets: Sequence[Mapping[str, Tensor]], num_queries: int) -> None:
         most = max(len(target["ids"]) for target in targets)
@@ -254,43 +247,68 @@ def queries_of_instances(matched: Tensor, num_instances: int, num_copies: int) -
 
 
 @torch.no_grad()
-def _on_ignored(predictions: Mapping[str, Tensor], n: int, image: _Image) -> Tensor:
-    """Whether the object of each query of image n, bool [L, Q], lies on ignored voxels.
+def _queries(
+    predictions: Mapping[str, Tensor], matched: Tensor, num_copies: int, truth: _Truth, num_matched: int
+) -> _Queries:
+    """Queries that are matched, int64 [L, N, Q], to an instance of their image, at most `num_copies` to each."""
+    matched = truth.rows(matched)
+    table = queries_of_instances(matched.flatten(1), sum(len(p.occupancy) for p in truth.points), num_copies)
+    start = torch.arange(0, matched.numel(), matched[0].numel(), device=table.device)[:, None, None]
+    table = torch.where(table < 0, table, table + start).transpose(0, 1).flatten(1)
+    return _Queries(predictions, matched, table, max(1, num_matched))
 
-    It does if its box is centred there, or without boxes if most of its mask lies there, at the points that are spread
-    over the crop; a mask that holds none of them lies on nothing.
+
+@torch.no_grad()
+def _on_annotated(predictions: Mapping[str, Tensor], truth: _Truth) -> Tensor:
+    """Whether the object of each query, bool [L, N, Q], lies on voxels that are not ignored.
+
+    It does not if its box is centred on an ignored one, or without boxes if most of its mask lies there, at the points
+    that are spread over the crop; a mask that holds none of them lies on nothing.
     """
-    label, points = image.target["label"], image.points
-    if predictions.get("boxes") is not None:
-        boxes = predictions["boxes"][:, n]
-        size = torch.tensor(label.shape, device=label.device)
-        z, y, x = ((boxes[..., :3] + boxes[..., 3:]) / 2).floor().long().clamp(min=0).minimum(size - 1).unbind(-1)
-        return label[z, y, x] == IGNORED_VALUE
-    embeds, features = predictions["mask_embeds"][:, n], image.features
-    ignored = points.values[: points.num_uniform] == IGNORED_VALUE
+    boxes, embeds = predictions.get("boxes"), predictions["mask_embeds"]
+    if boxes is not None:
+        centres = (boxes[..., :3] + boxes[..., 3:]) / 2
+        return on_annotated(truth.targets, centres.transpose(0, 1)).transpose(0, 1)
+    ignored = torch.stack([p.values[: p.num_uniform] for p in truth.points]) == IGNORED_VALUE
     if not ignored.any():
-        return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    inside = (embeds.to(features.dtype) @ points.split(features)[0].t() > 0).to(features.dtype)
-    on, area = inside @ ignored.to(features.dtype), inside.sum(-1)
-    return 2 * on > area
+        return torch.ones(embeds.shape[:3], dtype=torch.bool, device=embeds.device)
+    features = torch.stack([p.split(rows)[0] for p, rows in zip(truth.points, truth.features, strict=True)])
+    rows = embeds.transpose(0, 1).flatten(1, 2).to(features.dtype)
+    inside = (torch.bmm(rows, features.transpose(1, 2)) > 0).to(features.dtype)
+    on_ignored = torch.bmm(inside, ignored[..., None].to(features.dtype)).squeeze(2)
+    return (2 * on_ignored <= inside.sum(2)).unflatten(1, embeds.shape[::2]).transpose(0, 1)
 
 
-def _mask_losses(embeds: Tensor, image: _Image) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and Dice [L, G, r] of masks given by embeds [L, G, r, C], each at its instance's points."""
-    num_layers, _, num_copies, _ = embeds.shape
-    rows = embeds.transpose(0, 1).flatten(1, 2)  # [G, L * r, C]: an instance's own features serve all layers
-    points, (uniform, own) = image.points, image.points.split(image.features)
-    logits = torch.cat([rows @ uniform.t(), torch.bmm(rows, own.transpose(1, 2))], 2)
-    occupancy, valid = (mask[:, None].to(logits.dtype) for mask in (points.occupancy, points.valid))
-    losses = mask_bce(logits, occupancy, valid), mask_dice(logits, occupancy, valid)
-    bce, dice = (loss.unflatten(1, (num_layers, num_copies)).transpose(0, 1) for loss in losses)
-    return bce, dice
+def _instance_losses(known: Sequence[_Queries], truth: _Truth) -> list[Tensor]:
+    """Losses of the masks and, if any, the boxes of each set of queries, sums [2 or 4, L] over instances."""
+    losses = _mask_losses(_of_instances(known, "mask_embeds"), truth)
+    if known[0].predictions.get("boxes") is not None:
+        boxes, size = _of_instances(known, "boxes"), truth.targets[0]["label"].shape
+        wanted = truth.joined("boxes").to(boxes.dtype)[:, None]
+        losses += [box_l1(boxes, wanted, size), box_giou(boxes, wanted)]
+    is_query = torch.cat([queries.table >= 0 for queries in known], 1)
+    sums = (torch.stack(losses) * is_query).sum(1).split([queries.table.shape[1] for queries in known], 1)
+    return [part.unflatten(1, (len(queries.matched), -1)).sum(2) for part, queries in zip(sums, known, strict=True)]
 
 
-def _take(values: Tensor, table: Tensor) -> Tensor:
-    """Rows [L, G, r, C] of values [L, Q, C] by a table int64 [L, G, r]; row 0 where the table is negative."""
-    index = table.clamp(min=0).flatten(1)[..., None].expand(-1, -1, values.shape[-1])
-    return values.gather(1, index).unflatten(1, table.shape[1:])
+def _mask_losses(embeds: Tensor, truth: _Truth) -> list[Tensor]:
+    """Cross-entropy and Dice [G, R] of masks given by embeds [G, R, C], each at its instance's points."""
+    uniform, own = zip(*(p.split(rows) for p, rows in zip(truth.points, truth.features, strict=True)), strict=True)
+    of_images = embeds.split([len(rows) for rows in own])
+    of_crop = torch.cat([rows @ features.t() for rows, features in zip(of_images, uniform, strict=True)])
+    logits = torch.cat([of_crop, torch.bmm(embeds, torch.cat(own).transpose(1, 2))], 2)
+    occupancy = torch.cat([p.occupancy for p in truth.points])[:, None].to(logits.dtype)
+    valid = torch.cat([p.valid for p in truth.points])[:, None].to(logits.dtype)
+    return [mask_bce(logits, occupancy, valid), mask_dice(logits, occupancy, valid)]
+
+
+def _of_instances(known: Sequence[_Queries], key: str) -> Tensor:
+    """Predictions [G, R, C] of all queries of each instance, at least float32; of any query where there is none."""
+    found = []
+    for queries in known:
+        rows = _wide(queries.predictions[key]).flatten(0, 2)
+        found.append(rows.index_select(0, queries.table.clamp(min=0).flatten()).unflatten(0, queries.table.shape))
+    return torch.cat(found, 1)
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -299,21 +317,22 @@ def _wide(values: Tensor) -> Tensor:
 
 def _check_counts(
     targets: Sequence[Mapping[str, Tensor]], num_classes: int, denoising: Mapping[str, Tensor] | None
-) -> int:
-    """Most denoising queries of one instance, at least 1, after a look at the classes; one transfer for both."""
+) -> tuple[int, int]:
+    """Most denoising queries of an instance, at least 1, and all that have one; looks at the classes. One transfer."""
     classes = torch.cat([target["classes"] for target in targets])
-    found = [classes.new_zeros(1), classes]
-    copies = classes.new_ones(1)
+    numbers = [*F.pad(classes, (0, 1)).aminmax()]
     if denoising is not None:
         index = denoising["target_index"]
         most = max(len(target["ids"]) for target in targets)
         counts = index.new_zeros(len(index), most + 1)
         counts.scatter_add_(1, torch.where(index < 0, most, index), torch.ones_like(index))
-        copies = torch.cat([copies, counts[:, :-1].flatten()])
-    least, largest, num_copies = torch.stack([torch.cat(found).min(), torch.cat(found).max(), copies.max()]).tolist()
+        counts[:, most] = 1  # not those of no instance
+        numbers += [counts.amax(), (index >= 0).sum()]
+    least, largest, *copies = torch.stack(numbers).tolist()
     if least < 0 or largest >= num_classes:
         raise ValueError(
             f"class {least if least < 0 else largest} of a target is not in [0, {num_classes}); the decoder has "
             f"{num_classes} classes: raise its num_classes or correct the class table"
         )
-    return int(num_copies)
+    num_copies, num_positive = copies or (1, 0)
+    return num_copies, num_positive

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from seg3d_monai.ops.boxes import centre_extent, paired_giou
 
+LINEAR_LOGIT = 40.0
+"""Where log(1 + exp(x)) is x in float64 too; exp is finite in float32 there."""
+
 
 def focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> Tensor:
     """Focal loss (Lin et al. 2017, eq. 5) of each logit.
@@ -24,10 +27,14 @@ def focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> 
     Returns:
         [...], not reduced.
     """
-    prob = logits.sigmoid()
-    miss = prob * (1 - truth) + (1 - prob) * truth
     weight = alpha * truth + (1 - alpha) * (1 - truth)
-    return weight * miss**gamma * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return weight * focal_term(logits, truth, gamma=gamma)
+
+
+def focal_term(logits: Tensor, truth: Tensor, *, gamma: float) -> Tensor:
+    """Focal loss [...] with no weight of positives (Lin et al. 2017, eq. 4); arguments as for `focal_loss`."""
+    wrong = logits * (1 - 2 * truth)  # the logit of the answer that is not true
+    return wrong.sigmoid() ** gamma * F.softplus(wrong, threshold=LINEAR_LOGIT)
 
 
 def mask_bce(logits: Tensor, occupancy: Tensor, valid: Tensor) -> Tensor:
@@ -41,8 +48,8 @@ def mask_bce(logits: Tensor, occupancy: Tensor, valid: Tensor) -> Tensor:
     Returns:
         [...].
     """
-    loss = F.binary_cross_entropy_with_logits(logits, occupancy.expand_as(logits), reduction="none")
-    return (loss * valid).sum(-1) / valid.sum(-1).clamp(min=1)
+    loss = F.binary_cross_entropy_with_logits(logits, occupancy.expand_as(logits), valid, reduction="none")
+    return loss.sum(-1) / valid.sum(-1).clamp(min=1)
 
 
 def mask_dice(logits: Tensor, occupancy: Tensor, valid: Tensor) -> Tensor:
@@ -60,7 +67,7 @@ def box_l1(boxes: Tensor, truth: Tensor, image_size: Sequence[int]) -> Tensor:
         truth: [..., 6], voxels.
         image_size: (D, H, W) of the crop.
     """
-    return (centre_extent(boxes, image_size) - centre_extent(truth, image_size)).abs().sum(-1)
+    return centre_extent(boxes - truth, image_size).abs().sum(-1)  # both are linear in the box
 
 
 def box_giou(boxes: Tensor, truth: Tensor) -> Tensor:

@@ -135,26 +135,27 @@ class HungarianMatcher:
             )
         costs = []
         with torch.autocast(predictions["class_logits"].device.type, enabled=False):
+            class_costs = self.class_weight * self._class_cost(predictions["class_logits"])
             for n, target in enumerate(targets):
-                cost = self.class_weight * self._class_cost(predictions["class_logits"][:, n], target["classes"])
+                cost = class_costs[:, n][..., target["classes"]]
                 if self.mask_bce_weight or self.mask_dice_weight:
                     bce, dice = mask_costs(predictions["mask_embeds"][:, n], points[n], features[n], self.chunk_size)
-                    cost += self.mask_bce_weight * bce + self.mask_dice_weight * dice
+                    cost.add_(bce, alpha=self.mask_bce_weight).add_(dice, alpha=self.mask_dice_weight)
                 if has_boxes and (self.box_l1_weight or self.box_giou_weight):
                     l1, giou = box_costs(predictions["boxes"][:, n], target["boxes"], image_size)
-                    cost += self.box_l1_weight * l1 + self.box_giou_weight * giou
+                    cost.add_(l1, alpha=self.box_l1_weight).add_(giou, alpha=self.box_giou_weight)
                 costs.append(cost)
         return costs
 
-    def _class_cost(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """[L, Q, G] of logits [L, Q, K or K + 1] and classes [G]."""
+    def _class_cost(self, logits: Tensor) -> Tensor:
+        """Cost [..., K or K + 1] of each class, were it the true one; logits likewise."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.class_cost == "softmax":
-            return -logits.softmax(-1)[..., classes]
+            return -logits.softmax(-1)
         prob = logits.sigmoid()
         positive = self.focal_alpha * (1 - prob) ** self.focal_gamma * -(prob + 1e-8).log()
         negative = (1 - self.focal_alpha) * prob**self.focal_gamma * -(1 - prob + 1e-8).log()
-        return (positive - negative)[..., classes]
+        return positive - negative
 
 
 def mask_costs(

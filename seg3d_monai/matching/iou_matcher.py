@@ -67,27 +67,30 @@ class IoUMatcher:
         return matched
 
     def _match(self, boxes: Tensor, truth: Tensor) -> Tensor:
-        rows = max(1, self.chunk_size // len(truth))
-        best_iou, best = [], []
-        truth_best = truth.new_zeros(len(truth))
-        for chunk in boxes.split(rows):
+        boxes = boxes.t().contiguous().t()  # column by column: every pass below runs along the boxes
+        num_rows = max(1, self.chunk_size // len(truth))
+        best_iou, best, reached = [], [], []
+        truth_best = truth.new_full((len(truth),), torch.finfo(truth.dtype).tiny)  # an IoU of 0 is never the best
+        for chunk in boxes.split(num_rows):
             near = _within_reach(chunk, truth)
-            iou = pairwise_iou(chunk, truth[near])
-            value, index = iou.max(1)
+            iou = pairwise_iou(truth[near], chunk)
+            value, index = iou.max(0)
             best_iou.append(value)
             best.append(near[index])
-            truth_best[near] = torch.maximum(truth_best[near], iou.amax(0))
+            near_best = torch.maximum(truth_best[near], iou.amax(1))
+            truth_best[near] = near_best
+            if self.match_best:
+                reached.append(iou.ge_(near_best[:, None]).amax(0))  # 0 or 1; a bool matrix takes ten times as long
         iou, matched = torch.cat(best_iou), torch.cat(best)
         matched[iou < self.foreground_iou] = IGNORED
         matched[iou < self.background_iou] = BACKGROUND
         if self.match_best:
-            candidates = ((iou > 0) & (iou >= truth_best.min())).nonzero().squeeze(1)
-            for chunk_index in candidates.split(rows) if len(candidates) else ():
-                chunk = boxes[chunk_index]
-                near = _within_reach(chunk, truth)
-                is_best = (pairwise_iou(chunk, truth[near]) == truth_best[near]) & (truth_best[near] > 0)
-                hit = is_best.any(1)
-                matched[chunk_index[hit]] = near[is_best[hit].int().argmax(1)]
+            # A true box's best ones are among those that reached its best so far.
+            candidates = torch.cat(reached).nonzero().squeeze(1)
+            for rows in candidates.split(num_rows) if len(candidates) else ():
+                near = _within_reach(boxes[rows], truth)
+                is_best = pairwise_iou(truth[near], boxes[rows]) == truth_best[near, None]
+                matched[rows] = torch.where(is_best.any(0), near[is_best.int().argmax(0)], matched[rows])
         return matched
 
 

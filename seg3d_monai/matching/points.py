@@ -9,7 +9,6 @@ Must not know queries, costs or losses.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -119,8 +118,8 @@ def point_features(features: Tensor, stride: Sequence[float], coordinates: Tenso
 def batch_point_features(features: Tensor, stride: Sequence[float], coordinates: Sequence[Tensor]) -> list[Tensor]:
     """Features at the centres of voxels, interpolated trilinearly; constant past the outermost cells' centres.
 
-    The cells that any point of an image needs are read once, all images in one gather: only they are converted to
-    float32, their gradients are summed in float32, and the backward pass writes one map for the whole batch.
+    The cells that any point needs are read once: only they are converted to float32, and their gradients are summed in
+    float32. The backward pass writes one map for the whole batch.
 
     Args:
         features: [N, C, d, h, w] of a level; cell j covers voxels j * stride to (j + 1) * stride.
@@ -131,51 +130,55 @@ def batch_point_features(features: Tensor, stride: Sequence[float], coordinates:
         For each image [P_n, C], float32 or, of float64 features, float64; differentiable in the features.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
-    cells, inverse, weights = [], [], []
-    for points in coordinates:
-        corner, weight = _corners(points, stride, features.shape[2:], dtype)
-        used, index = torch.unique(corner, return_inverse=True)
-        cells.append(used)
-        inverse.append(index)
-        weights.append(weight)
     rows = features.movedim(1, -1).flatten(0, 3)  # a view where the channels are last in memory
+    counts = [len(points) for points in coordinates]
+    corners, weights = _corners(torch.cat(list(coordinates)), stride, features.shape[2:], dtype)
+    if not len(corners):
+        return [rows[:0].to(dtype) for _ in counts]
     cells_of_image = features[0, 0].numel()
-    wanted = torch.cat([used + n * cells_of_image for n, used in enumerate(cells)])
-    read: Tensor = _DistinctRows.apply(rows, wanted)
-    tables = read.to(dtype).split([len(used) for used in cells])
-    return [
-        F.embedding_bag(index, table, per_sample_weights=weight, mode="sum") if len(index) else table[:0]
-        for index, table, weight in zip(inverse, tables, weights, strict=True)
-    ]
+    first = torch.cat([corners.new_full((count, 1), n * cells_of_image) for n, count in enumerate(counts)])
+    read: Tensor = _WeightedRows.apply(rows, corners + first, weights)
+    return list(read.split(counts))
 
 
-class _DistinctRows(torch.autograd.Function):
-    """Rows [K, C] of a table [R, C] at indices int64 [K], no two alike: a gradient is copied, not added up."""
+class _WeightedRows(torch.autograd.Function):
+    """Sums [P, C] of the rows of a table [R, C] at int64 [P, k], times weights [P, k], in the weights' dtype.
 
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.num_rows = len(table)
-        return table.index_select(0, index)
+    Both passes are an `embedding_bag` over the rows that occur: the forward pass has a bag of k rows for each sum, the
+    backward pass a bag of gradients for each row. One sort serves both.
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.num_rows, grad.shape[1]).index_copy_(0, index, grad), None
+    def forward(ctx: Any, table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        rows, order = index.flatten().sort()
+        used, slots, counts = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
+        bags = torch.empty_like(slots).scatter_(0, order, slots).view_as(index)
+        ctx.save_for_backward(used, order, counts.cumsum(0) - counts, weights)
+        ctx.shape, ctx.dtype = table.shape, table.dtype
+        return F.embedding_bag(bags, table[used].to(weights.dtype), per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        used, order, starts, weights = ctx.saved_tensors
+        sums = F.embedding_bag(
+            order // weights.shape[1],
+            grad.contiguous(),
+            starts,
+            per_sample_weights=weights.flatten()[order],
+            mode="sum",
+        ).to(ctx.dtype)
+        return sums.new_zeros(ctx.shape).index_copy_(0, used, sums), None, None
 
 
 def _corners(points: Tensor, stride: Sequence[float], size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Row-major indices int64 [P, 8] of the cells around each point, and their weights [P, 8]."""
-    lower, share = [], []
+    index = points.new_zeros(len(points), 1)
+    weight = torch.ones_like(index, dtype=dtype)
     for axis in range(3):
         position = ((points[:, axis].to(dtype) + 0.5) / stride[axis] - 0.5).clamp(0, size[axis] - 1)
-        cell = position.floor()
-        lower.append(cell.long())
-        share.append(position - cell)
-    index, weight = [], []
-    for corner in product((0, 1), repeat=3):
-        z, y, x = ((lower[a] + corner[a]).clamp(max=size[a] - 1) for a in range(3))
-        wz, wy, wx = (share[a] if corner[a] else 1 - share[a] for a in range(3))
-        index.append((z * size[1] + y) * size[2] + x)
-        weight.append(wz * wy * wx)
-    return torch.stack(index, 1), torch.stack(weight, 1)
+        lower = position.floor()
+        share = position - lower
+        cells = torch.stack([lower, (lower + 1).clamp(max=size[axis] - 1)], 1).long()
+        index = (index[:, :, None] * size[axis] + cells[:, None]).flatten(1)
+        weight = (weight[:, :, None] * torch.stack([1 - share, share], 1)[:, None]).flatten(1)
+    return index, weight

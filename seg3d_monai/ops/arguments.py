@@ -12,13 +12,18 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, value: Tensor, shape: str, dtypes: Sequence[torch.dtype]) -> None:
-    """Raise unless `value` is a tensor with as many axes as the words of `shape` and one of the dtypes."""
+    """Raise unless `value` is a tensor with as many axes as the words of `shape` and one of the dtypes.
+
+    A shape that begins with "..." allows any number of axes in its place.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor [{shape}], got {type(value).__name__}")
     if value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {names}, got {value.dtype}; convert it with .to(...)")
-    if value.dim() != len(shape.split(", ")):
+    axes = shape.split(", ")
+    has_axes = value.dim() >= len(axes) - 1 if axes[0] == "..." else value.dim() == len(axes)
+    if not has_axes:
         raise ValueError(f"{name} must have the shape [{shape}], got {tuple(value.shape)}; reshape it")
 
 

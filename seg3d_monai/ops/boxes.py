@@ -47,17 +47,20 @@ def non_empty(boxes: Tensor, min_size: float) -> Tensor:
 
 
 def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU [M, G] of boxes [M, 6] and others [G, 6], one axis at a time: no [M, G, 3] temporary. Empty boxes have 0."""
+    """IoU [M, G] of boxes [M, 6] and others [G, 6], one axis at a time: no [M, G, 3] temporary. Empty boxes have 0.
+
+    Every pass runs along `others`, so it is faster with the longer list there. Not for gradients: it works in place.
+    """
+    rows, columns = boxes[:, :, None], others.t().contiguous()
     shared: Tensor | None = None
     for axis in range(3):
-        lower = torch.maximum(boxes[:, None, axis], others[None, :, axis])
-        upper = torch.minimum(boxes[:, None, axis + 3], others[None, :, axis + 3])
-        extent = upper.sub_(lower).clamp_(min=0)
+        lower = torch.maximum(rows[:, axis], columns[axis])
+        extent = torch.minimum(rows[:, axis + 3], columns[axis + 3]).sub_(lower).clamp_(min=0)
         shared = extent if shared is None else shared.mul_(extent)
     assert shared is not None
-    volume = (boxes[:, 3:] - boxes[:, :3]).clamp(min=0).prod(1)[:, None]
-    other_volume = (others[:, 3:] - others[:, :3]).clamp(min=0).prod(1)[None]
-    return shared / (volume + other_volume - shared).clamp(min=torch.finfo(shared.dtype).tiny)
+    volume = (rows[:, 3:] - rows[:, :3]).clamp(min=0).prod(1)
+    other_volume = (columns[3:] - columns[:3]).clamp(min=0).prod(0).clamp(min=torch.finfo(columns.dtype).tiny)
+    return shared.div_((volume + other_volume).sub_(shared))
 
 
 def centre_extent(boxes: Tensor, size: Sequence[int]) -> Tensor:
@@ -71,26 +74,39 @@ def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
 
     One axis at a time: no [M, G, 3] temporary. An empty box has IoU 0; an empty hull takes nothing off.
     """
-    return _giou(boxes[:, None], others[None])
+    rows, columns = _corners_extent(boxes[:, None]), _corners_extent(others)
+    shared = hull = rows[0].new_ones(())
+    axes = zip(*(values.unbind(-1) for values in (*rows, *columns)), strict=True)
+    for lower, upper, extent, other_lower, other_upper, other_extent in axes:
+        # Negative where they lie apart, so that the hull is both extents and the gap.
+        inner = torch.minimum(upper, other_upper) - torch.maximum(lower, other_lower)
+        outer = extent + other_extent - inner
+        shared, hull = shared * inner.clamp(min=0), hull * outer.clamp(min=0)
+    return _giou(shared, hull, _volume(rows[2]), _volume(columns[2]))
 
 
 def paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
     """Generalised IoU [...] in [-1, 1] of boxes [..., 6] and others [..., 6], row by row; differentiable in both."""
-    return _giou(boxes, others)
+    lower, upper, extent = _corners_extent(boxes)
+    other_lower, other_upper, other_extent = _corners_extent(others)
+    inner = torch.minimum(upper, other_upper) - torch.maximum(lower, other_lower)
+    outer = extent + other_extent - inner
+    return _giou(_volume(inner), _volume(outer), _volume(extent), _volume(other_extent))
 
 
-def _giou(boxes: Tensor, others: Tensor) -> Tensor:
-    boxes, others = (b.to(torch.promote_types(b.dtype, torch.float32)) for b in (boxes, others))
-    one = boxes.new_ones(())
-    shared, hull, volume, other_volume = one, one, one, one
-    for axis in range(3):
-        lower, other_lower = boxes[..., axis], others[..., axis]
-        upper, other_upper = boxes[..., axis + 3], others[..., axis + 3]
-        inner = torch.minimum(upper, other_upper) - torch.maximum(lower, other_lower)
-        outer = torch.maximum(upper, other_upper) - torch.minimum(lower, other_lower)
-        shared, hull = shared * inner.clamp(min=0), hull * outer.clamp(min=0)
-        volume = volume * (upper - lower).clamp(min=0)
-        other_volume = other_volume * (other_upper - other_lower).clamp(min=0)
+def _giou(shared: Tensor, hull: Tensor, volume: Tensor, other_volume: Tensor) -> Tensor:
     union = volume + other_volume - shared
-    tiny = torch.finfo(shared.dtype).tiny
+    tiny = torch.finfo(union.dtype).tiny
     return shared / union.clamp(min=tiny) - (hull - union).clamp(min=0) / hull.clamp(min=tiny)
+
+
+def _corners_extent(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower corners, upper corners and extents [..., 3], at least float32, of boxes [..., 6]."""
+    lower, upper = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).split(3, -1)
+    return lower, upper, upper - lower
+
+
+def _volume(extent: Tensor) -> Tensor:
+    """Product [...] of extents [..., 3], none below 0; the gradient of `prod` would wait for the device."""
+    z, y, x = extent.clamp(min=0).unbind(-1)
+    return z * y * x

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 512
@@ -149,6 +150,32 @@ def batched_nms3d(boxes: Tensor, scores: Tensor, group: Tensor, iou_threshold: f
             stays = settled
         kept = torch.cat([kept, block[stays]])
     return order[kept]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
+    """Norm each row of x [..., C]; see `seg3d_monai.ops.layer_norm`."""
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        rows, scale, offset = (tensor.to(accumulate).contiguous() for tensor in (x, weight, bias))
+        result = F.layer_norm(rows, scale.shape, scale, offset, eps).to(x.dtype)
+    return torch.relu(result) if relu else result
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `layer_norm` with respect to x, weight and bias, from grad [..., C]."""
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        grads, rows, scale, offset = (tensor.to(accumulate).contiguous() for tensor in (grad, x, weight, bias))
+        result, mean, rstd = torch.native_layer_norm(rows, scale.shape, scale, offset, eps)
+        if relu:
+            grads = grads.masked_fill(result.to(x.dtype) <= 0, 0.0)
+        gradients = torch.ops.aten.native_layer_norm_backward(
+            grads, rows, scale.shape, mean, rstd, scale, offset, [True, True, True]
+        )
+    grad_x, grad_weight, grad_bias = (g.to(like.dtype) for g, like in zip(gradients, (x, weight, bias), strict=True))
+    return grad_x, grad_weight, grad_bias
 
 
 @dataclass(frozen=True)

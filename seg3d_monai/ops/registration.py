@@ -2,7 +2,7 @@
 
 The compiled libraries bring the kernels of their devices, and the CPU's also the schemas. ops/reference.py serves every
 other device, or all of them if there is no library. The first call on CUDA loads the CUDA kernels, which then take its
-place.
+place, but for the operators that have none (`PLAIN_ON_CUDA`).
 """
 
 import warnings
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seg3d_monai.ops import reference
-from seg3d_monai.ops.loading import load_cuda_operators, load_operators
+from seg3d_monai.ops.loading import Loaded, load_cuda_operators, load_operators
 from seg3d_monai.ops.schemas import NAMESPACE, SCHEMAS
 
 REFERENCE_KERNELS: dict[str, Callable[..., Any]] = {
@@ -23,12 +23,19 @@ REFERENCE_KERNELS: dict[str, Callable[..., Any]] = {
     "ms_deform_attn3d_backward": reference.ms_deform_attn3d_backward,
     "nms3d": reference.nms3d,
     "batched_nms3d": reference.batched_nms3d,
+    "layer_norm": reference.layer_norm,
+    "layer_norm_backward": reference.layer_norm_backward,
 }
-PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d", "ms_deform_attn3d")
+PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d", "ms_deform_attn3d", "layer_norm")
+PLAIN_ON_CUDA = ("layer_norm", "layer_norm_backward")
+"""Operators without a CUDA kernel of ours: torch's own ones, which the reference calls, are good there."""
 
 
 def _on_other_devices(name: str) -> Callable[..., Any]:
     """The kernel of a device that has no compiled one yet."""
+
+    if name in PLAIN_ON_CUDA:
+        return REFERENCE_KERNELS[name]
 
     def kernel(*arguments: Any) -> Any:
         is_on_cuda = any(isinstance(argument, Tensor) and argument.is_cuda for argument in arguments)
@@ -55,13 +62,13 @@ def status() -> list[dict[str, str | None]]:
         One dict per operator and device: op, device ('cpu' or 'cuda'), path ('compiled' or 'reference'), reason,
         library (file or None).
     """
-    loaded = {"cpu": LOADED}
+    ways = [("cpu", op, LOADED) for op in PUBLIC]
     if torch.cuda.is_available():
-        loaded["cuda"] = load_cuda_operators()
+        plain = Loaded("reference", "torch's own kernels serve it on CUDA", None)
+        ways += [("cuda", op, plain if op in PLAIN_ON_CUDA else load_cuda_operators()) for op in PUBLIC]
     return [
         {"op": op, "device": device, "path": how.path, "reason": how.reason, "library": how.library}
-        for device, how in loaded.items()
-        for op in PUBLIC
+        for device, op, how in ways
     ]
 
 
@@ -136,6 +143,18 @@ def _batched_nms3d_fake(boxes: Tensor, scores: Tensor, group: Tensor, iou_thresh
     return boxes.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::layer_norm")
+def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::layer_norm_backward")
+def _layer_norm_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
 def _roi_align3d_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     features, boxes, batch_index, _, _, _, *settings = inputs
     ctx.save_for_backward(boxes, batch_index)
@@ -175,6 +194,21 @@ def _ms_deform_attn3d_gradient(ctx: torch.autograd.function.FunctionCtx, grad: T
     return grad_value, None, grad_locations, grad_weights
 
 
+def _layer_norm_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, eps, relu = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.settings = (eps, relu)  # type: ignore[attr-defined]
+
+
+def _layer_norm_gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.seg3d.layer_norm_backward(
+        grad,
+        *ctx.saved_tensors,  # type: ignore[attr-defined]
+        *ctx.settings,  # type: ignore[attr-defined]
+    )
+    return *gradients, None, None
+
+
 def _alert_if_not_deterministic(name: str, grad: Tensor) -> None:
     """Do as PyTorch's own operators: on CUDA sums are atomic, and their order is not fixed."""
     if not grad.is_cuda or not torch.are_deterministic_algorithms_enabled():
@@ -201,6 +235,7 @@ def _once_differentiable(name: str) -> Callable[..., None]:
 for _name, _gradient, _context in (
     ("roi_align3d", _roi_align3d_gradient, _roi_align3d_context),
     ("ms_deform_attn3d", _ms_deform_attn3d_gradient, _ms_deform_attn3d_context),
+    ("layer_norm", _layer_norm_gradient, _layer_norm_context),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradient, setup_context=_context, lib=_LIBRARY)
     torch.library.register_autograd(f"{NAMESPACE}::{_name}_backward", _once_differentiable(_name), lib=_LIBRARY)

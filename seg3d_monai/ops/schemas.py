@@ -21,4 +21,8 @@ SCHEMAS = {
         "(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) "
         "-> (Tensor, Tensor, Tensor)"
     ),
+    "layer_norm": "(Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> Tensor",
+    "layer_norm_backward": (
+        "(Tensor grad, Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)"
+    ),
 }

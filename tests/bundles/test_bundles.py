@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+import torch
 import zarr
 from monai.bundle import ConfigParser, ConfigWorkflow
 
@@ -140,6 +141,25 @@ def test_metadata_fits_the_model_zoo(bundle: str) -> None:
 @bundles
 def test_metadata_satisfies_the_published_schema(bundle: str) -> None:
     jsonschema.validate(json.loads((CONFIGS[bundle] / "metadata.json").read_text()), json.loads(SCHEMAS[0].read_text()))
+
+
+@bundles
+def test_a_training_starts_from_other_weights(bundle: str, tmp_path: Path) -> None:
+    def network(**changes: object) -> torch.nn.Module:
+        parser = ConfigParser()
+        parser.read_config(str(CONFIGS[bundle] / "train.json"))
+        for key, value in (SMALL | SMALL_NETWORK[bundle] | changes).items():
+            parser[key] = value
+        built: torch.nn.Module = parser.get_parsed_content("network")
+        return built
+
+    weights = network(in_channels=2).state_dict()
+    torch.save(weights, tmp_path / "model.pt")
+    found = network(initial_weights=str(tmp_path / "model.pt")).state_dict()
+    assert found.keys() == weights.keys()
+    (adapted,) = [key for key in weights if found[key].shape != weights[key].shape]
+    torch.testing.assert_close(found.pop(adapted), weights.pop(adapted).sum(1, keepdim=True))
+    torch.testing.assert_close(found, weights, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

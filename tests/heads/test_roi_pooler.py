@@ -63,6 +63,19 @@ def test_rows_equal_pooling_each_box_alone_from_its_level(sampling_ratio):
         torch.testing.assert_close(found[row : row + 1], alone)
 
 
+def test_gradients_are_those_of_pooling_each_box_alone():
+    boxes, batch = random_boxes(40)
+    pooler = RoIPooler(output_size=(2, 3, 4), strides=STRIDES, min_cells=3.0)
+    whole, parts = ({k: v.double().requires_grad_() for k, v in make_features().items()} for _ in range(2))
+    weight = torch.randn(40, 3, 2, 3, 4, generator=torch.Generator().manual_seed(2)).double()
+    (pooler(whole, boxes, batch) * weight).sum().backward()
+    for row in range(40):
+        (pooler(parts, boxes[row : row + 1], batch[row : row + 1]) * weight[row]).sum().backward()
+    for level in STRIDES:
+        assert whole[level].grad.any()
+        torch.testing.assert_close(whole[level].grad, parts[level].grad)
+
+
 def test_one_level_takes_every_box():
     features = make_features()
     boxes, batch = random_boxes(7)

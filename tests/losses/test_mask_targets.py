@@ -69,6 +69,19 @@ def test_bins_of_one_voxel_read_the_label_itself():
     assert np.array_equal(valid[0].numpy(), crop != -1)
 
 
+@pytest.mark.parametrize("ids", [[2**24, 2**24 + 1, 2**24 + 2], [2**31 - 1, 2**31, 2**31 + 1], [1, 2, 2**32 - 2]])
+def test_numbers_of_instances_may_be_as_large_as_uint32_holds(ids):
+    label = torch.from_numpy(make_label())
+    numbers = torch.tensor([0, *ids, -1])
+    renumbered = numbers[torch.where(label < 0, 4, label // 10)]
+    boxes = torch.tensor([[0.3, 1.2, 2.1, 6.6, 11.5, 20.4], [0, 0, 0, *SIZE], [1, 2, 3, 6, 11, 20]])
+    wanted = mask_targets(label, torch.tensor([10, 20, 30]), boxes, (3, 5, 7))
+    assert wanted[0].any(3).any(2).any(1).all()
+    assert not wanted[1].all()
+    for found, expected in zip(mask_targets(renumbered, torch.tensor(ids), boxes, (3, 5, 7)), wanted, strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_the_face_between_two_touching_instances_by_hand():
     label = torch.zeros(1, 1, 4, dtype=torch.int64)
     label[..., :2], label[..., 2:] = 1, 2

@@ -82,13 +82,13 @@ def test_loss_against_loops(targets, is_padded):
 def test_each_instance_has_one_token_on_the_level_of_its_size():
     """A cell of (4, 8, 8) voxels belongs to the fine level, one of (6, 10, 14) to the coarse one."""
     small = make_target([(1, 1, 3, 5, 9, 11)], [2], [5])
-    heat, counted = token_heat(make_tokens(1), small, 3, None)
+    (heat,), counted = token_heat(make_tokens(1), [small])
     assert counted.all()
     assert (heat == 1).nonzero().tolist() == [[(2 * 5 + 2) * 7 + 3, 2]]  # cell (2, 2, 3) is centred on (2.5, 5, 7)
     assert not heat[210:].any()
     assert not heat[:, :2].any()
     large = make_target([(0, 0, 0, 6, 10, 14)], [0], [5])
-    heat, _ = token_heat(make_tokens(1), large, 3, None)
+    (heat,), _ = token_heat(make_tokens(1), [large])
     # Centred on (3, 5, 7): cell (1, 1, 1) of the coarse level lies at (3, 6, 6), its neighbour in x at (3, 6, 10).
     assert (heat == 1).nonzero().tolist() == [[210 + (1 * 3 + 1) * 4 + 1, 0]]
     assert not heat[:210].any()
@@ -96,10 +96,10 @@ def test_each_instance_has_one_token_on_the_level_of_its_size():
 
 def test_two_instances_may_share_a_token_and_classes_have_their_own_heat():
     target = make_target([(2, 4, 6, 3, 5, 7), (2, 5, 7, 3, 6, 8)], [0, 0], [1, 2])
-    heat, _ = token_heat(make_tokens(1), target, 3, None)
+    (heat,), _ = token_heat(make_tokens(1), [target])
     assert (heat == 1).sum() == 1
     other = {**target, "classes": torch.tensor([0, 2])}
-    heat, _ = token_heat(make_tokens(1), other, 3, None)
+    (heat,), _ = token_heat(make_tokens(1), [other])
     assert (heat == 1).sum(0).tolist() == [1, 0, 1]
 
 
@@ -128,3 +128,16 @@ def test_ids_do_not_matter():
     }
     tokens = make_tokens(1)
     assert selection_loss(tokens, [MANY]) == selection_loss(tokens, [renumbered])
+
+
+def test_images_of_a_batch_are_held_against_their_own_instances():
+    targets = [ONE, NONE, MANY]
+    padding = torch.zeros(3, 246, dtype=torch.bool)
+    padding[2, 30:90] = True
+    batch = make_tokens(3, padding=padding)
+    heat, counted = token_heat(batch, targets)
+    for n, target in enumerate(targets):
+        alone = {**batch, "class_logits": batch["class_logits"][n : n + 1], "padding": padding[n : n + 1]}
+        wanted = token_heat(alone, [target])
+        assert torch.equal(heat[n : n + 1], wanted[0])
+        assert torch.equal(counted[n : n + 1], wanted[1])

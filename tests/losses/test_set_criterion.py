@@ -1,11 +1,12 @@
-"""Set losses against NumPy loops in float64, and what must not matter: order, ignored voxels, what a batch holds."""
+"""Set losses against NumPy loops in float64, and what must not matter: order, autocast, what else a batch holds."""
 
 import logging
 
 import numpy as np
 import pytest
 import torch
-from set_targets import GRID, MANY, NONE, ONE, SIZE, STRIDE, crowd, make_target
+from set_outputs import HALF_IGNORED, KINDS, draw, leaves, look, make_criterion, make_outputs
+from set_targets import MANY, NONE, ONE, SIZE, STRIDE, crowd, make_target
 
 import seg3d_monai.losses.set_criterion as module
 from seg3d_monai.losses import SetCriterion
@@ -15,78 +16,6 @@ from seg3d_monai.matching.points import point_set
 
 NAMES = ["class", "mask_bce", "mask_dice", "box_l1", "box_giou"]
 PREFIXES = ["", "aux_", "encoder_", "denoising_"]
-
-
-HALF_IGNORED = make_target([], [], [], ignore=[(0, 0, 7, 6, 10, 14)])
-
-
-def make_criterion(with_boxes=True, class_loss="focal", **changes):
-    matcher = HungarianMatcher(
-        class_weight=2.0,
-        mask_bce_weight=5.0,
-        mask_dice_weight=5.0,
-        box_l1_weight=5.0 * with_boxes,
-        box_giou_weight=2.0 * with_boxes,
-        class_cost="focal" if class_loss == "focal" else "softmax",
-    )
-    settings = {"num_uniform_points": 40, "num_instance_points": 12, "class_loss": class_loss}
-    return SetCriterion(matcher=matcher, **(settings | changes))
-
-
-def draw(num_layers, num_images, num_queries, generator, *, with_boxes, num_logits, dtype):
-    shape = (num_layers, num_images, num_queries)
-    size = torch.tensor(SIZE, dtype=torch.float64)
-    lower = torch.rand(*shape, 3, generator=generator, dtype=torch.float64) * size * 0.7
-    extent = 0.5 + torch.rand(*shape, 3, generator=generator, dtype=torch.float64) * size * 0.5
-    values = {
-        "class_logits": torch.randn(*shape, num_logits, generator=generator, dtype=torch.float64),
-        "mask_embeds": torch.randn(*shape, 5, generator=generator, dtype=torch.float64),
-        "boxes": torch.cat([lower, lower + extent], -1),
-    }
-    if not with_boxes:
-        del values["boxes"]
-    return {key: value.to(dtype).requires_grad_() for key, value in values.items()}
-
-
-def make_outputs(
-    targets, *, num_queries=8, with_boxes=True, class_loss="focal", denoising=False, dtype=torch.float64, seed=0
-):
-    generator = torch.Generator().manual_seed(seed)
-    settings = {
-        "with_boxes": with_boxes,
-        "num_logits": 3 if class_loss == "focal" else 4,
-        "dtype": dtype,
-    }
-    outputs = draw(4, len(targets), num_queries, generator, **settings)
-    outputs["names"] = ["encoder", "initial", "1", "2"]
-    maps = torch.randn(len(targets), 5, *GRID, generator=generator, dtype=torch.float64)
-    outputs |= {"mask_features": maps.to(dtype).requires_grad_(), "mask_stride": STRIDE}
-    if denoising:
-        # Two groups: of each instance a positive, then a negative query; shorter images are padded.
-        most = max(len(target["ids"]) for target in targets)
-        outputs["denoising"] = draw(2, len(targets), 4 * most, generator, **settings)
-        index = torch.full((len(targets), 4 * most), -2)
-        for n, target in enumerate(targets):
-            num_instances = len(target["ids"])
-            for group in range(2):
-                start = 2 * most * group
-                index[n, start : start + num_instances] = torch.arange(num_instances)
-                index[n, start + most : start + most + num_instances] = -1
-        outputs["denoising"]["target_index"] = index
-    return outputs
-
-
-def leaves(outputs):
-    found = [value for value in outputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
-    return found + (leaves(outputs["denoising"]) if "denoising" in outputs else [])
-
-
-def look(outputs, targets, num_uniform=40, num_own=12, seed=0):
-    """The points that the criterion draws from the same seed, and features there."""
-    torch.manual_seed(seed)
-    points = [sample_points(target, num_uniform=num_uniform, num_own=num_own) for target in targets]
-    maps = outputs["mask_features"].detach()
-    return points, [point_features(maps[n], STRIDE, p.coordinates) for n, p in enumerate(points)]
 
 
 def class_loss_of(row, wanted, kind):
@@ -163,7 +92,6 @@ def naive(predictions, matched, targets, points, features, kind, count):
 
 
 BATCHES = [[MANY], [NONE], [NONE, MANY, ONE], [ONE, HALF_IGNORED], [HALF_IGNORED]]
-KINDS = [(True, "focal"), (False, "cross_entropy"), (True, "cross_entropy"), (False, "focal")]
 
 
 @pytest.mark.parametrize("targets", BATCHES)
@@ -291,81 +219,6 @@ def test_order_and_numbers_of_instances_do_not_matter(monkeypatch):
     found = make_criterion()(moved, [NONE, turned])
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, msg=name)
-
-
-def test_unmatched_boxes_on_ignored_voxels_are_not_penalised():
-    """Voxels with x >= 7 are ignored: centres at x = 6.9 are penalised, at 7 and past the border not."""
-    outputs = make_outputs([HALF_IGNORED], num_queries=4)
-    centres = torch.tensor([[3.0, 5, 6.9], [3, 5, 7], [9, 20, 30], [-4, -4, -4]])
-    half = torch.tensor([1.0, 3, 8])
-    boxes = torch.cat([centres - half, centres + half], 1)
-    outputs["boxes"] = boxes.expand(4, 1, 4, 6).clone().requires_grad_()
-    sum(make_criterion()(outputs, [HALF_IGNORED]).values()).backward()
-    has_loss = (outputs["class_logits"].grad != 0).all(-1)
-    assert torch.equal(has_loss, torch.tensor([True, False, False, True]).expand(4, 1, 4))
-
-
-def test_matched_boxes_on_ignored_voxels_keep_their_loss():
-    target = make_target([(1, 2, 8, 4, 6, 12)], [1], [9], ignore=[(0, 0, 0, 6, 10, 8), (2, 3, 9, 3, 5, 11)])
-    outputs = make_outputs([target], num_queries=1)
-    outputs["boxes"] = target["boxes"].double().expand(4, 1, 1, 6).clone().requires_grad_()
-    assert target["label"][2, 4, 10] == -1, "the instance has a hole of ignored voxels at its centre"
-    sum(make_criterion()(outputs, [target]).values()).backward()
-    assert outputs["class_logits"].grad.all()
-
-
-def test_unmatched_masks_on_ignored_voxels_are_not_penalised():
-    """Without boxes the mask itself tells: features are 1 left and 1 right of the ignored half's face."""
-    outputs = make_outputs([HALF_IGNORED], num_queries=4, with_boxes=False)
-    maps = torch.zeros(1, 5, *GRID, dtype=torch.float64)
-    maps[:, 0, ..., :3] = 1  # voxels x < 6
-    maps[:, 1, ..., 4:] = 1  # voxels x >= 8
-    maps[:, 2] = 1
-    outputs["mask_features"] = maps.requires_grad_()
-    embeds = torch.zeros(4, 5, dtype=torch.float64)
-    embeds[0, 0] = embeds[1, 1] = 1  # left; right
-    embeds[2, 2] = -1  # nowhere
-    embeds[3, :2] = torch.tensor([2.0, 2.0])  # both, and less of the ignored side
-    embeds[3, 2] = -1
-    outputs["mask_embeds"] = embeds.expand(4, 1, 4, 5).clone().requires_grad_()
-    criterion = make_criterion(False, num_uniform_points=2000)
-    torch.manual_seed(0)
-    sum(criterion(outputs, [HALF_IGNORED]).values()).backward()
-    has_loss = (outputs["class_logits"].grad != 0).all(-1)
-    assert has_loss[..., :3].flatten(0, 1).unique(dim=0).tolist() == [[True, False, True]]
-    points, features = look(outputs, [HALF_IGNORED], num_uniform=2000)
-    inside = points[0].values[features[0] @ embeds[3] > 0]
-    assert torch.equal(has_loss[..., 3], ((inside == -1).sum() * 2 <= len(inside)).expand(4, 1))
-
-
-def test_an_image_that_is_all_ignored_costs_nothing():
-    target = make_target([], [], [], ignore=[(0, 0, 0, *SIZE)])
-    for with_boxes, kind in KINDS:
-        outputs = make_outputs([target], with_boxes=with_boxes, class_loss=kind)
-        if not with_boxes:  # every mask holds something
-            outputs["mask_features"] = outputs["mask_features"].detach().abs().requires_grad_()
-            outputs["mask_embeds"] = outputs["mask_embeds"].detach().abs().requires_grad_()
-        losses = make_criterion(with_boxes, kind)(outputs, [target])
-        assert not any(loss.item() for loss in losses.values())
-        sum(losses.values()).backward()
-        assert not any(leaf.grad.any() for leaf in leaves(outputs))
-
-
-def test_ignored_points_do_not_matter():
-    """What the mask features say on ignored voxels changes no mask loss and gets no gradient."""
-    target = make_target([(0, 0, 0, 6, 10, 4)], [1], [9], ignore=[(0, 0, 6, 6, 10, 14)])
-    outputs = make_outputs([target])
-    changed = outputs["mask_features"].detach().clone()
-    changed[..., 4:] += 100  # cells past voxel 8: voxel 5, the last one known, reads cells 2 and 3 at most
-    torch.manual_seed(0)
-    wanted = make_criterion()(outputs, [target])
-    torch.manual_seed(0)
-    found = make_criterion()(outputs | {"mask_features": changed}, [target])
-    for name in wanted:
-        assert torch.equal(found[name], wanted[name]), name
-    sum(wanted.values()).backward()
-    assert not outputs["mask_features"].grad[..., 4:].any()
-    assert outputs["mask_features"].grad[..., :3].any()
 
 
 def test_denoising_queries_know_their_instance():

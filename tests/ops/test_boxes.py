@@ -190,6 +190,20 @@ def test_giou_is_differentiable_and_never_below_float32():
     assert pairwise_giou(boxes.bfloat16(), others.bfloat16()).dtype == torch.float32
 
 
+def test_paired_and_pairwise_giou_agree_to_the_gradient():
+    generator = torch.Generator().manual_seed(0)
+    lower = 20 * torch.rand(2, 9, 3, generator=generator, dtype=torch.float64)
+    boxes, others = torch.cat([lower, lower + 8 * torch.rand(2, 9, 3, generator=generator, dtype=torch.float64)], -1)
+    others[0], others[1, 3:] = boxes[0], others[1, :3]  # one that is the same, one that is empty
+    leaves = [values.clone().requires_grad_() for values in (boxes, others)]
+    paired, pairwise = paired_giou(*leaves), pairwise_giou(*leaves).diagonal()
+    torch.testing.assert_close(paired, pairwise)
+    for found, wanted in zip(
+        torch.autograd.grad(paired.sum(), leaves), torch.autograd.grad(pairwise.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_giou_draws_a_box_that_is_apart():
     """Unlike IoU it has a gradient there: moving towards the truth, whichever axis parts them, is better."""
     truth = torch.tensor([[10.0, 10, 10, 12, 14, 18]]).repeat(3, 1)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seg3d_monai.ops import batched_nms3d, ms_deform_attn3d, nms3d, roi_align3d
+from seg3d_monai.ops import batched_nms3d, layer_norm, ms_deform_attn3d, nms3d, roi_align3d
 
 FEW = settings(max_examples=150, deadline=None, derandomize=True)
 EXTENTS = st.integers(1, 9)
@@ -115,4 +115,28 @@ def test_ms_deform_attn3d(data):
     tolerance = max(torch.finfo(dtype).eps * 4, 2e-5 if accumulate == torch.float32 else 1e-9)
     np.testing.assert_allclose(output.detach().double().numpy(), expected, rtol=tolerance, atol=tolerance)
     for gradient in torch.autograd.grad(output.sum(), leaves):
+        assert torch.isfinite(gradient).all()
+
+
+@FEW
+@given(st.data())
+def test_layer_norm(data):
+    draw = data.draw
+    rows, channels, dtype = draw(st.integers(0, 40)), draw(st.integers(1, 150)), draw(DTYPES)
+    spread, offset = draw(st.sampled_from([0.0, 1e-3, 1.0, 100.0])), draw(st.sampled_from([0.0, -3.0, 500.0]))
+    eps, relu = draw(st.sampled_from([1e-6, 1e-2])), draw(st.booleans())
+    parameter_dtype = dtype if draw(st.booleans()) else torch.promote_types(dtype, torch.float32)
+    x = (noise((rows, channels), 0) * spread + offset).to(dtype)
+    leaves = [x, noise((channels,), 1, parameter_dtype), noise((channels,), 2, parameter_dtype)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    result = layer_norm(*leaves, eps, relu)
+    exact, weight, bias = (leaf.detach().double().numpy() for leaf in leaves)
+    centred = exact - exact.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight + bias
+    expected = np.maximum(expected, 0) if relu else expected
+    tolerance = max(torch.finfo(dtype).eps * 2, 2e-5)
+    np.testing.assert_allclose(result.detach().double().numpy(), expected, rtol=tolerance, atol=10 * tolerance)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(result.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape
+        assert gradient.dtype == leaf.dtype
         assert torch.isfinite(gradient).all()

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from torch import nn
+
+from seg3d_monai.layers import norm
+from seg3d_monai.layers.norm import CellNorm, ChannelNorm, LayerNorm
+
+
+@pytest.fixture(params=["operator", "torch"], autouse=True)
+def way(request, monkeypatch):
+    """Each test runs on the operator and on torch's own norm."""
+    monkeypatch.setattr(norm, "LEAST_NUMBERS", 0 if request.param == "operator" else 2**62)
+    return request.param
+
+
+def names_called(module, x):
+    with torch.profiler.profile() as profile:
+        module(x)
+    return {event.key for event in profile.key_averages()}
+
+
+def norm_and_torchs(kind, channels, relu=False, eps=1e-5):
+    """The module, and nn.LayerNorm with the same parameters, which are no ones and zeros."""
+    torch.manual_seed(0)
+    module, other = kind(channels, eps, relu), nn.LayerNorm(channels, eps)
+    nn.init.normal_(module.weight)
+    nn.init.normal_(module.bias)
+    other.load_state_dict(module.state_dict())
+    return module, other
+
+
+@pytest.mark.parametrize("kind", [LayerNorm, CellNorm, ChannelNorm])
+def test_parameters_are_those_of_torchs_own(kind):
+    module = kind(8)
+    assert list(module.state_dict()) == ["weight", "bias"]
+    assert torch.equal(module.weight, torch.ones(8))
+    assert not module.bias.any()
+    assert isinstance(module, nn.LayerNorm)
+    assert "relu=True" in repr(kind(8, relu=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("channels", [5, 64])
+@pytest.mark.parametrize("kind", [LayerNorm, CellNorm])
+def test_results_and_gradients_equal_those_of_torchs_own(kind, channels, relu, dtype):
+    module, other = norm_and_torchs(kind, channels, relu, eps=1e-3)
+    x = torch.randn(2, 7, channels).to(dtype).requires_grad_()
+    grad = torch.randn(2, 7, channels).to(dtype)
+    normed, expected = module(x), other(x)
+    expected = torch.relu(expected) if relu else expected
+    torch.testing.assert_close(normed, expected)
+    mine = torch.autograd.grad(normed, [x, *module.parameters()], grad)
+    true = torch.autograd.grad(expected, [x, *other.parameters()], grad)
+    close = 1e-5 if dtype == torch.float32 else 3e-2  # of torch's own
+    for one, two in zip(mine, true, strict=True):
+        assert one.dtype == two.dtype
+        torch.testing.assert_close(one, two, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("relu", [False, True])
+def test_channel_norm_looks_at_each_cell(relu, dtype):
+    module, other = norm_and_torchs(ChannelNorm, 6, relu)
+    volume = torch.randn(2, 6, 3, 4, 5).to(dtype).requires_grad_()
+    normed = module(volume)
+    expected = other(volume.movedim(1, -1)).movedim(-1, 1)
+    expected = torch.relu(expected) if relu else expected
+    torch.testing.assert_close(normed, expected)
+    grad = torch.randn(2, 6, 3, 4, 5).to(dtype)
+    mine, true = (torch.autograd.grad(result, volume, grad)[0] for result in (normed, expected))
+    close = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(mine, true, rtol=close, atol=close)
+    torch.testing.assert_close(module(volume[..., 1:3, 2:]), normed[..., 1:3, 2:])
+    assert module(volume[:, :, :0]).shape == (2, 6, 0, 4, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [LayerNorm, CellNorm, ChannelNorm])
+def test_autocast_keeps_the_dtype_of_x(kind, dtype):
+    module = kind(8).double() if dtype == torch.float64 else kind(8)
+    x = torch.randn(2, 8, 8, 8, 8).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        normed = module(x)
+        loss = normed.float().sum()
+    assert normed.dtype == dtype
+    loss.backward()
+    assert module.weight.grad.dtype == module.weight.dtype
+    assert torch.equal(normed, module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [LayerNorm, CellNorm])
+def test_a_module_of_a_half_type(kind, dtype):
+    module, other = norm_and_torchs(kind, 64, relu=True)
+    module, other = module.to(dtype), other.to(dtype)
+    x = torch.randn(9, 64).to(dtype)
+    normed = module(x)
+    assert normed.dtype == dtype
+    torch.testing.assert_close(normed, torch.relu(other(x)))
+
+
+@pytest.mark.parametrize("given", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameters", [torch.float64, torch.float32, torch.bfloat16])
+def test_cell_norm_answers_in_the_dtype_of_x_whatever_its_parameters(given, parameters):
+    module = CellNorm(8).to(parameters)
+    assert module(torch.randn(3, 8).to(given)).dtype == given
+
+
+def test_other_devices_run_torchs_own():
+    module = LayerNorm(8, relu=True).to("meta")
+    names = names_called(module, torch.empty(3, 8, device="meta"))
+    assert {"aten::layer_norm", "aten::relu"} <= names
+    assert not any("seg3d" in name for name in names)
+
+
+@pytest.mark.parametrize("kind", [LayerNorm, CellNorm])
+def test_cpus_run_the_operator_where_it_is_faster(kind, monkeypatch):
+    monkeypatch.undo()
+    large = torch.zeros(norm.LEAST_NUMBERS // 8, 8, dtype=torch.bfloat16)
+    for x, runs_operator in ((large, True), (large[1:], False), (large.float(), False), (large.half(), False)):
+        names = names_called(kind(8), x)
+        assert ("seg3d::layer_norm" in names) == runs_operator
+        assert ("aten::layer_norm" in names) != runs_operator
+
+
+def test_a_traced_graph_holds_the_operator_for_all_sizes(way):
+    module = LayerNorm(8)
+    rows = torch.export.Dim("rows", min=1)
+    program = torch.export.export(module, (torch.randn(4, 8).bfloat16(),), dynamic_shapes=({0: rows},))
+    assert "seg3d.layer_norm" in program.graph_module.code
+    x = torch.randn(20, 8).bfloat16()
+    torch.testing.assert_close(program.module()(x), module(x))
