@@ -245,7 +245,8 @@ class Mask2FormerDecoder(nn.Module):
         pooled = pool_to_levels(decoded.mask_features, [decoded.mask_stride, *decoded.strides])
         levels = []
         for i, (size, stride) in enumerate(zip(decoded.sizes, decoded.strides, strict=True)):
-            memory = decoded.memory[i].flatten(2).transpose(1, 2) + self.level_embeddings[i]
+            memory = decoded.memory[i].flatten(2).transpose(1, 2)
+            memory = memory + self.level_embeddings[i].to(memory.dtype)
             positions = level_positions(size, stride, memory.shape[-1], memory.device).to(memory.dtype)
             padding = None if decoded.padding is None else decoded.padding[i].flatten(1)
             levels.append((memory, positions, pooled[i].flatten(2), padding))

@@ -58,7 +58,7 @@ class DeformableEncoderLayer(nn.Module):
         strides: Sequence[Axes],
         padding: Tensor | None,
     ) -> Tensor:
-        """Memory [N, S, C], positions [S, C], references [N, S, 3], padding bool [N, S] -> [N, S, C]."""
+        """Memory [N, S, C], positions [S, C], references [1, S, 3], padding bool [N, S] -> [N, S, C]."""
         read = self.attention(memory + positions, references, memory, sizes, strides, padding)
         out: Tensor = self.feedforward(self.norm(memory + read))
         return out
@@ -218,7 +218,7 @@ class DeformablePixelDecoder(nn.Module):
         for size, stride, embedding in zip(sizes, strides, self.level_embeddings, strict=True):
             places.append(level_centres(size, stride, memory.device))
             positions.append(level_positions(size, stride, self.hidden, memory.device).to(embedding.dtype) + embedding)
-        references = torch.cat(places).expand(memory.shape[0], -1, -1)
+        references = torch.cat(places)[None]  # the same for all images
         position = torch.cat(positions)
         for layer in self.layers:
             memory = self._run(layer, memory, position, references, sizes, strides, flat_padding)

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from seg3d_monai.ops import ms_deform_attn3d
 
@@ -72,7 +74,7 @@ class DeformableAttention3d(nn.Module):
         Args:
             queries: [N, Lq, C], with their positions added.
             references: voxels, [N, Lq, 3] centres, where offsets are in cells of the level, or [N, Lq, 6] boxes, where
-                an offset of `num_points` goes from the centre of the box to its border.
+                an offset of `num_points` goes from the centre of the box to its border; N may be 1 for all images.
             memory: [N, S, C], the cells of all levels, level after level, each in the order z, y, x.
             level_sizes: (d, h, w) of each level; S is the sum of d * h * w.
             level_strides: (z, y, x) voxels of a cell of each level.
@@ -136,8 +138,24 @@ def _softmax(logits: Tensor) -> Tensor:
     """Softmax over the last axis. Over a dozen numbers, torch's takes five times as long as its parts on a CPU."""
     if logits.device.type != "cpu":
         return logits.softmax(-1)
-    powers = (logits - logits.detach().amax(-1, keepdim=True)).exp()
-    return powers / powers.sum(-1, keepdim=True)
+    out: Tensor = _SoftmaxOfParts.apply(logits)
+    return out
+
+
+class _SoftmaxOfParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        powers = (logits - logits.amax(-1, keepdim=True)).exp_()
+        out = powers.div_(powers.sum(-1, keepdim=True))
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        product = grad * out
+        return product.addcmul_(out, product.sum(-1, keepdim=True), value=-1)
 
 
 def head_directions(num_heads: int) -> Tensor:

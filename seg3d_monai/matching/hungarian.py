@@ -202,7 +202,8 @@ def _sums(rows: Tensor, features: Tensor, truth: Tensor, weight: Tensor) -> Tens
     logit = torch.bmm(features, rows.t().expand(len(features), -1, -1)).clamp_(min=LEAST_LOGIT)
     away = torch.bmm(weight - truth, logit)
     prob = logit.sigmoid_()
-    overlap, area = torch.bmm(truth, prob), torch.bmm(weight, prob)
+    both = torch.bmm(torch.cat([truth, weight], 1), prob)
+    overlap, area = both.unflatten(1, (2, truth.shape[1])).unbind(1)
     loss = away - torch.bmm(weight, prob.log_())
     return torch.stack([loss, overlap, area]).flatten(1, 2)
 
