@@ -123,7 +123,7 @@ def test_replay_runs_every_call_once(toy):
     assert all(value >= 0 for value in seconds.values())
 
 
-def test_deformable_attention_and_mask_products_have_their_kinds():
+def test_deformable_attention_and_batched_products_have_their_kinds():
     from bench.models.floor import record
 
     value = torch.randn(1, 8, 2, 4, requires_grad=True)
@@ -139,7 +139,7 @@ def test_deformable_attention_and_mask_products_have_their_kinds():
     calls = record(network, lambda outputs: outputs["read"].sum())
     assert [(call.kind, call.name) for call in calls] == [
         ("attention", "seg3d::ms_deform_attn3d"),
-        ("mask product", "aten::bmm"),
+        ("batched product", "aten::bmm"),
         ("attention", "seg3d::ms_deform_attn3d_backward"),
     ]
     assert calls[0].args[2].data_ptr() == places.data_ptr()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seg3d_monai.layers import (
+    CellLinear,
     CellNorm,
     ChannelNorm,
     DeformableAttention3d,
@@ -76,7 +77,7 @@ class Fusion(nn.Module):
     def __init__(self, *, in_channels: int, channels: int, ratio: Axes) -> None:
         super().__init__()
         self.ratio = ratio
-        self.lateral = nn.Linear(in_channels, channels, bias=False)  # as published: a norm follows
+        self.lateral = CellLinear(in_channels, channels, bias=False)  # as published: a norm follows
         self.lateral_norm = CellNorm(channels)
         self.conv = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
@@ -94,7 +95,7 @@ class Fusion(nn.Module):
             [N, C, D, H, W] with the channels last in memory, as all maps here.
         """
         depth, height, width = fine.shape[2:]
-        merged = self.lateral_norm(self.lateral(_cells(fine))).unflatten(1, (depth, height, width)).movedim(-1, 1)
+        merged = self.lateral_norm(self.lateral(fine)).unflatten(1, (depth, height, width)).movedim(-1, 1)
         # The nearest cell is enough: the convolution can make linear interpolation of it. By the ratio of the strides,
         # not of the sizes: cell i lies in coarse cell i // ratio at odd sizes too.
         grown = F.interpolate(coarse.to(merged.dtype), scale_factor=tuple(map(float, self.ratio)), mode="nearest")
@@ -160,7 +161,7 @@ class DeformablePixelDecoder(nn.Module):
         self.hidden = hidden
         self.activation_checkpointing = activation_checkpointing
         self.projections = nn.ModuleDict(
-            {v: nn.Sequential(nn.Linear(channels[v], hidden), LayerNorm(hidden)) for v in memory_levels}
+            {v: nn.Sequential(CellLinear(channels[v], hidden), LayerNorm(hidden)) for v in memory_levels}
         )
         self.level_embeddings = nn.Parameter(torch.randn(len(memory_levels), hidden))
         self.layers = nn.ModuleList(
@@ -212,7 +213,7 @@ class DeformablePixelDecoder(nn.Module):
     def _encode(
         self, features: Mapping[str, Tensor], sizes: list[Axes], strides: list[Axes], padding: list[Tensor] | None
     ) -> Tensor:
-        memory = torch.cat([self.projections[level](_cells(features[level])) for level in self.memory_levels], 1)
+        memory = torch.cat([self.projections[level](features[level]) for level in self.memory_levels], 1)
         flat_padding = None if padding is None else torch.cat([level.flatten(1) for level in padding], 1)
         places, positions = [], []
         for size, stride, embedding in zip(sizes, strides, self.level_embeddings, strict=True):
@@ -246,18 +247,6 @@ class DeformablePixelDecoder(nn.Module):
             return checkpoint(module, *inputs, use_reentrant=False)
         out: Tensor = module(*inputs)
         return out
-
-
-def _cells(features: Tensor) -> Tensor:
-    """[N, C, D, H, W] -> [N, D * H * W, C].
-
-    The gradient is brought into the order of the features, where it meets those of convolutions: sums and activations
-    of tensors in two orders take several times as long on a CPU.
-    """
-    features = features.view_as(features)
-    if features.requires_grad and features.is_contiguous():
-        features.register_hook(torch.Tensor.contiguous)
-    return features.flatten(2).transpose(1, 2)
 
 
 def _without(features: Tensor, padding: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Building blocks shared by backbones, heads and decoders. Must not know what a detector is."""
 
+from seg3d_monai.layers.cell_linear import CellLinear
 from seg3d_monai.layers.conv import ConvNormAct, group_norm
 from seg3d_monai.layers.deformable_attention import DeformableAttention3d
 from seg3d_monai.layers.mlp import MLP
@@ -13,6 +14,7 @@ from seg3d_monai.layers.transformer import CrossAttention, FeedForward, SelfAtte
 __all__ = [
     "MLP",
     "PLACE_CHANNELS",
+    "CellLinear",
     "CellNorm",
     "ChannelNorm",
     "ConvNormAct",

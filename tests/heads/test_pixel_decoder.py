@@ -73,7 +73,8 @@ def test_sizes_strides_and_flat_views(memory, mask):
 def test_a_fine_cell_receives_the_coarse_cell_that_contains_it(ratio, size):
     torch.manual_seed(0)
     fusion = Fusion(in_channels=3, channels=3, ratio=ratio)
-    fusion.lateral = fusion.lateral_norm = fusion.norm = nn.Identity()
+    fusion.lateral_norm = fusion.norm = nn.Identity()
+    nn.init.eye_(fusion.lateral.weight)
     nn.init.dirac_(fusion.conv.weight)
     coarse = torch.rand(2, 3, *(-(-n // r) for n, r in zip(size, ratio, strict=True)))
     fine, padding = torch.rand(2, 3, *size), torch.rand(2, *size) < 0.3

@@ -22,17 +22,17 @@ from torch.utils._pytree import tree_map_only
 
 from bench.timing import synchronise
 
-KINDS = ("convolution", "linear", "attention", "mask product")
-"""Kinds of calls. Mask products are the networks' own products of queries with mask features: they make the masks of
-masked attention (Mask2Former) and the queries' first boxes (Mask DINO)."""
+KINDS = ("convolution", "linear", "attention", "batched product")
+"""Kinds of calls. Batched products are linear layers on maps with the channels first, and the networks' own products of
+queries with mask features, which make the masks of masked attention (Mask2Former) and first boxes (Mask DINO)."""
 
 KIND_OF = {
     "aten::convolution": "convolution",
     "aten::convolution_backward": "convolution",
     "aten::mm": "linear",
     "aten::addmm": "linear",
-    "aten::bmm": "mask product",
-    "aten::baddbmm": "mask product",
+    "aten::bmm": "batched product",
+    "aten::baddbmm": "batched product",
     "seg3d::ms_deform_attn3d": "attention",
     "seg3d::ms_deform_attn3d_backward": "attention",
 }

@@ -58,12 +58,11 @@ def step_table(rows: Sequence[Row]) -> str:
             f"{row['floor_ms']:,.1f}",
             f"{min(row['floor_runs_ms']):,.1f} to {max(row['floor_runs_ms']):,.1f}",
             f"{row['times_floor']:.3f}x",
-            f"{row['times_floor_without_mask_products']:.3f}x",
             "",
         ]
         for row in rows
     ]
-    head = ["model", "", "step ms", "range", "floor ms", "range", "step / floor", "without mask products", ""]
+    head = ["model", "", "step ms", "range", "floor ms", "range", "step / floor", ""]
     return report.table(lines, head)
 
 

@@ -21,9 +21,9 @@ NUM_WARMUP, NUM_BATCHES = 10, 3
 METHOD = (
     f"Step: the trainer's own iteration on a batch that is in memory, after {NUM_WARMUP} steps of training; "
     f"{NUM_BATCHES} batches of the built-in synthetic specimen by turns. Floor: every kernel call of the network's "
-    "convolutions, linear layers, attention and mask products, forward and backward, recorded from that very step just "
-    "before it (same weights, draws and tensors) and run alone; casts, sums for biases, norms, RoIAlign, NMS and the "
-    "criterion's products are not in it. Each turn takes both, in changing order; times are medians of the turns, the "
+    "convolutions, linear layers, attention and batched products, forward and backward, recorded from that very step "
+    "just before it (same weights, draws and tensors) and run alone; casts, sums for biases, norms, RoIAlign, NMS and "
+    "the criterion's products are not in it. Each turn takes both, in changing order; times are medians of the turns, the "
     "ratio is the median of the turns' ratios. Parts are medians of further steps, one a turn, with a clock around "
     "each part; matching is within the criterion, backward is what no other part took."
 )
@@ -64,12 +64,10 @@ def compare(training: Training, batches: list[Batch], repeats: int) -> Row:
         print(f"turn {number} of {repeats}", file=sys.stderr, flush=True)
     steps, kinds, parts, counts = zip(*turns[1:], strict=True)
     floors = [sum(seconds.values()) for seconds in kinds]
-    without_products = [floor - seconds["mask product"] for floor, seconds in zip(floors, kinds, strict=True)]
     return {
         "step_ms": statistics.median(steps) * 1e3,
         "floor_ms": statistics.median(floors) * 1e3,
         "times_floor": _median_ratio(steps, floors),
-        "times_floor_without_mask_products": _median_ratio(steps, without_products),
         "floor_kinds_ms": _medians_ms(kinds),
         "calls": counts[-1],
         "parts_ms": _medians_ms(parts),
