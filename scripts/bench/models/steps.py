@@ -23,8 +23,8 @@ METHOD = (
     f"{NUM_BATCHES} batches of the built-in synthetic specimen by turns. Floor: every kernel call of the network's "
     "convolutions, linear layers, attention and batched products, forward and backward, recorded from that very step "
     "just before it (same weights, draws and tensors) and run alone; casts, sums for biases, norms, RoIAlign, NMS and "
-    "the criterion's products are not in it. Each turn takes both, in changing order; times are medians of the turns, the "
-    "ratio is the median of the turns' ratios. Parts are medians of further steps, one a turn, with a clock around "
+    "the criterion's products are not in it. Each turn takes both, in changing order; times are medians of the turns, "
+    "the ratio is the median of the turns' ratios. Parts are medians of further steps, one a turn, with a clock around "
     "each part; matching is within the criterion, backward is what no other part took."
 )
 QUICK_SPECIMEN: dict[str, Any] = {"train_volumes": 1, "train_shape": (20, 48, 56), "test_shape": (20, 48, 56)}
