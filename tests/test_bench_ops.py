@@ -24,9 +24,10 @@ BARS = [
     ("ms_deform_attn3d", "self_local"),
     ("ms_deform_attn3d", "cross"),
     ("layer_norm", "maps"),
+    ("group_norm", "maps"),
 ]
 VARIED = [row for row in BARS if row[1] in ("box", "mask", "adaptive", "scattered_20k", "self", "cross")]
-HALVED = [*VARIED, ("layer_norm", "maps")]
+HALVED = [*VARIED, ("layer_norm", "maps"), ("group_norm", "maps")]
 
 
 def run_bench(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -91,7 +92,7 @@ def test_rows_of_the_bars(quick):
 def test_what_is_compared_computes_the_same(quick):
     shown, result = quick
     compared = [row for row in result["bars"] + result["bfloat16"] if "agreement" in row]
-    assert len(compared) == 18 + 13
+    assert len(compared) == 20 + 15
     assert [row for row in compared if not row["agreement"]["agrees"]] == []
     assert "DIFFERENT" not in shown
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DESCRIPTION = (
-    "Measures roi_align3d, nms3d, ms_deform_attn3d and layer_norm against grid_sample, MONAI's non_max_suppression, "
-    "torch's layer_norm and a plain copy: time, extra memory, growth with each size."
+    "Measures roi_align3d, nms3d, ms_deform_attn3d, layer_norm and group_norm against grid_sample, MONAI's "
+    "non_max_suppression, torch's own norms and a plain copy: time, extra memory, growth with each size."
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench import layer_norm, ms_deform, nms, roi_align
+from bench import group_norm, layer_norm, ms_deform, nms, roi_align
 from bench.problem import Problem
 
 
@@ -201,6 +201,17 @@ CASES = [
         quick={"rows": 100, "channels": 64},
         forward_bars=(at_least(1),),
         backward_bars=(at_least(1),),
+        has_bfloat16=True,
+    ),
+    Case(
+        op="group_norm",
+        name="maps",
+        work="[2,32,32,48,48] in 8 groups and a ReLU, against torch's own group_norm and relu_",
+        make=group_norm.make,
+        sizes={"shape": (2, 32, 32, 48, 48), "groups": 8},
+        quick={"shape": (2, 16, 3, 4, 5), "groups": 8},
+        forward_bars=(at_least(1),),
+        backward_bars=(at_least(1.6),),
         has_bfloat16=True,
     ),
 ]

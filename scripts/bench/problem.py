@@ -25,8 +25,8 @@ class Problem:
         read_by_backward: positions of the inputs that any backward pass must read again.
         num_units: how much work there is, in `unit`s.
         unit: what is counted: trilinear samples of one channel, boxes, or numbers.
-        kink_positions: positions of the inputs whose gradient jumps from voxel to voxel, so that rounding may put a
-            few of its entries on the other side.
+        kink_positions: positions of the inputs whose gradient jumps, from voxel to voxel or behind a ReLU, so that
+            rounding may put a few of its entries on the other side.
     """
 
     ours: Callable[..., Tensor]

@@ -23,4 +23,9 @@ STABLE_TORCH_LIBRARY(seg3d, m) {
   m.def(
       "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, "
       "Tensor, Tensor)");
+  m.def(
+      "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups, "
+      "bool relu) -> (Tensor, Tensor, Tensor)");
 }

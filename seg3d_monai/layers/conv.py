@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from seg3d_monai.layers.norm import GroupNorm
 
-def group_norm(channels: int, groups: int = 8) -> nn.GroupNorm:
+
+def group_norm(channels: int, groups: int = 8, relu: bool = False) -> GroupNorm:
     """GroupNorm with `groups` groups, or with one group where `channels` is not a multiple of it."""
-    return nn.GroupNorm(groups if channels % groups == 0 else 1, channels)
+    return GroupNorm(groups if channels % groups == 0 else 1, channels, relu=relu)
 
 
 class ConvNormAct(nn.Sequential):
@@ -40,10 +42,7 @@ class ConvNormAct(nn.Sequential):
         padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         conv = nn.Conv3d(in_channels, out_channels, kernel, step, padding, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        layers: list[nn.Module] = [conv, group_norm(out_channels)]
-        if act:
-            layers.append(nn.ReLU(inplace=True))
-        super().__init__(*layers)
+        super().__init__(conv, group_norm(out_channels, relu=act))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, D, H, W] -> [N, out_channels, ceil(D/sz), ceil(H/sy), ceil(W/sx)]."""

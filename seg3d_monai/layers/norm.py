@@ -1,18 +1,24 @@
-"""LayerNorms: each looks at the channels of one cell at a time, so it answers the same in a block of any size.
+"""Norms with a ReLU behind them where that is wanted: LayerNorms, and GroupNorm.
 
-On CPUs large bfloat16 maps run on `seg3d_monai.ops.layer_norm`, all else on torch's own. Both answer the same up to
-rounding; the operator's gradients of the parameters stay exact. Parameters are named as in nn.LayerNorm.
+A LayerNorm looks at the channels of one cell at a time, so it answers the same in a block of any size; GroupNorm looks
+at all cells of some channels.
+
+On CPUs large maps run on the operators of `seg3d_monai.ops` where that takes less time, all else on torch's own. Both
+answer the same up to rounding; the operators' gradients of the parameters stay exact. Parameters are named as in
+nn.LayerNorm and nn.GroupNorm.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seg3d_monai.ops import layer_norm
+from seg3d_monai.ops import group_norm, layer_norm
 
 HALVES = (torch.bfloat16, torch.float16)
 LEAST_NUMBERS = 50_000
 """A smaller x takes torch's own norm on CPUs too, because a call of the operator itself takes longer."""
+LEAST_GROUPED_NUMBERS = 300_000
+"""The same for GroupNorm."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -63,6 +69,40 @@ class ChannelNorm(CellNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, D, H, W] -> the same."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm, followed by a ReLU if wanted.
+
+    Args:
+        groups: how many groups; they divide `channels`.
+        channels: number C of channels.
+        eps: what is added to the variance.
+        relu: whether results below 0 become 0.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, relu: bool = False) -> None:
+        super().__init__(groups, channels, eps)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, ...] -> the same shape, in the dtype of nn.GroupNorm: that of x, or float32 under autocast on CUDA."""
+        if self._gains(x):
+            return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.relu)
+        normed = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return torch.relu_(normed) if self.relu else normed
+
+    def extra_repr(self) -> str:
+        """The settings, for print(module)."""
+        return f"{super().extra_repr()}, relu={self.relu}"
+
+    def _gains(self, x: Tensor) -> bool:
+        """Whether the operator takes less time than torch's own norm and ReLU; in float32 it gains from the latter."""
+        fits = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and self.relu)
+        if x.device.type != "cpu" or not fits or self.weight.dtype not in (x.dtype, torch.float32):
+            return False
+        # A graph that is traced serves other sizes too.
+        return torch.compiler.is_compiling() or (x.numel() >= LEAST_GROUPED_NUMBERS and x.is_contiguous())
 
 
 def _gains_from_operator(x: Tensor) -> bool:

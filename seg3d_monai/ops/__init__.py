@@ -1,9 +1,10 @@
 """Operators on 3D boxes and feature volumes. Importing this loads their library, or compiles it the first time."""
 
+from seg3d_monai.ops.group_norm import group_norm
 from seg3d_monai.ops.layer_norm import layer_norm
 from seg3d_monai.ops.ms_deform_attn3d import ms_deform_attn3d
 from seg3d_monai.ops.nms3d import batched_nms3d, nms3d
 from seg3d_monai.ops.registration import status
 from seg3d_monai.ops.roi_align3d import roi_align3d
 
-__all__ = ["batched_nms3d", "layer_norm", "ms_deform_attn3d", "nms3d", "roi_align3d", "status"]
+__all__ = ["batched_nms3d", "group_norm", "layer_norm", "ms_deform_attn3d", "nms3d", "roi_align3d", "status"]

@@ -14,7 +14,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_tensor(name: str, value: Tensor, shape: str, dtypes: Sequence[torch.dtype]) -> None:
     """Raise unless `value` is a tensor with as many axes as the words of `shape` and one of the dtypes.
 
-    A shape that begins with "..." allows any number of axes in its place.
+    A shape that begins or ends with "..." allows any number of axes in its place.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor [{shape}], got {type(value).__name__}")
@@ -22,7 +22,7 @@ def check_tensor(name: str, value: Tensor, shape: str, dtypes: Sequence[torch.dt
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {names}, got {value.dtype}; convert it with .to(...)")
     axes = shape.split(", ")
-    has_axes = value.dim() >= len(axes) - 1 if axes[0] == "..." else value.dim() == len(axes)
+    has_axes = value.dim() >= len(axes) - 1 if "..." in axes else value.dim() == len(axes)
     if not has_axes:
         raise ValueError(f"{name} must have the shape [{shape}], got {tuple(value.shape)}; reshape it")
 
@@ -44,6 +44,27 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
     """Raise unless both tensors are on the same device."""
     if value.device != other.device:
         raise ValueError(f"{name} is on {value.device}, {other_name} on {other.device}; move them to one device")
+
+
+def check_affine(x: Tensor, channels: int, weight: Tensor, bias: Tensor) -> None:
+    """Raise unless `weight` and `bias` are [C] and have the dtype of `x`, or are float32 beside a half type."""
+    halves = (torch.bfloat16, torch.float16)
+    check_tensor("weight", weight, "C", (x.dtype, torch.float32) if x.dtype in halves else (x.dtype,))
+    check_tensor("bias", bias, "C", (weight.dtype,))
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape[0] != channels:
+            raise ValueError(f"{name} must have one entry per channel, got {vector.shape[0]} for C = {channels}")
+        check_device(name, vector, "x", x)
+
+
+def check_norm_settings(eps: float, relu: bool) -> None:
+    """Raise unless `eps` is a number >= 0 and `relu` is a bool."""
+    if not isinstance(eps, Real) or isinstance(eps, bool):
+        raise TypeError(f"eps must be a float >= 0, got {eps!r}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a float >= 0, got {eps!r}")
+    if not isinstance(relu, bool):
+        raise TypeError(f"relu must be True or False, got {relu!r}")
 
 
 def check_values_finite(name: str, boxes: Tensor) -> None:

@@ -1,12 +1,9 @@
 """LayerNorm (Ba et al., 2016) over the last axis, with a ReLU behind it if wanted: the Python function."""
 
-import math
-from numbers import Real
-
 import torch
 from torch import Tensor
 
-from seg3d_monai.ops.arguments import FLOATING, check_device, check_tensor
+from seg3d_monai.ops.arguments import FLOATING, check_affine, check_norm_settings, check_tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, relu: bool = False) -> Tensor:
@@ -33,18 +30,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, relu:
     check_tensor("x", x, "..., C", FLOATING)
     if x.shape[-1] == 0:
         raise ValueError(f"x must have the shape [..., C] with C >= 1, got {tuple(x.shape)}")
-    halves = (torch.bfloat16, torch.float16)
-    check_tensor("weight", weight, "C", (x.dtype, torch.float32) if x.dtype in halves else (x.dtype,))
-    check_tensor("bias", bias, "C", (weight.dtype,))
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape[0] != x.shape[-1]:
-            raise ValueError(f"{name} must have one entry per channel, got {vector.shape[0]} for C = {x.shape[-1]}")
-        check_device(name, vector, "x", x)
-    if not isinstance(eps, Real) or isinstance(eps, bool):
-        raise TypeError(f"eps must be a float >= 0, got {eps!r}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be a float >= 0, got {eps!r}")
-    if not isinstance(relu, bool):
-        raise TypeError(f"relu must be True or False, got {relu!r}")
+    check_affine(x, x.shape[-1], weight, bias)
+    check_norm_settings(eps, relu)
     result: Tensor = torch.ops.seg3d.layer_norm(x, weight, bias, float(eps), relu)
     return result

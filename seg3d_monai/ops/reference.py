@@ -178,6 +178,63 @@ def layer_norm_backward(
     return grad_x, grad_weight, grad_bias
 
 
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm the groups of channels of x [N, C, ...]; see `seg3d_monai.ops.group_norm`.
+
+    Returns:
+        The result, and for the backward pass, float32 or better, the mean [N, groups] of a group, as the distance from
+        the first of its values, and 1 / sqrt(variance + eps) [N, groups].
+    """
+    if x.numel() == 0:
+        zeros = x.new_zeros((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32))
+        return x.new_empty(x.shape), zeros, zeros.clone()
+    with torch.autocast(x.device.type, enabled=False):
+        shifted = _shifted_groups(x, groups)
+        scale, offset = (tensor.to(shifted.dtype).contiguous() for tensor in (weight, bias))
+        _, mean, rstd = torch.native_group_norm(shifted, scale, offset, *_group_sizes(x), groups, eps)
+        result = _normed_groups(shifted, scale, offset, mean, rstd).to(x.dtype)
+    return torch.relu(result) if relu else result, mean, rstd
+
+
+def group_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `group_norm` with respect to x, weight and bias, from grad [N, C, ...] and the moments."""
+    if x.numel() == 0:
+        return x.new_empty(x.shape), torch.zeros_like(weight), torch.zeros_like(bias)
+    with torch.autocast(x.device.type, enabled=False):
+        shifted = _shifted_groups(x, groups)
+        grads, scale, offset = (tensor.to(shifted.dtype).contiguous() for tensor in (grad, weight, bias))
+        if relu:
+            result = _normed_groups(shifted, scale, offset, mean, rstd).to(x.dtype)
+            grads = grads.masked_fill(result <= 0, 0.0)
+        gradients = torch.ops.aten.native_group_norm_backward(
+            grads, shifted, mean, rstd, scale, *_group_sizes(x), groups, [True, True, True]
+        )
+    grad_x, grad_weight, grad_bias = (g.to(like.dtype) for g, like in zip(gradients, (x, weight, bias), strict=True))
+    return grad_x, grad_weight, grad_bias
+
+
+def _group_sizes(x: Tensor) -> tuple[int, int, int]:
+    """N, C and the number of cells of x [N, C, ...]."""
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def _shifted_groups(x: Tensor, groups: int) -> Tensor:
+    """x [N, C, ...] less the first number of each group, contiguous, float32 or better."""
+    grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], groups, -1)
+    return (grouped - grouped[..., :1]).view(x.shape)
+
+
+def _normed_groups(shifted: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The result of `group_norm` before it is rounded, in the same way forward and backward."""
+    centred = shifted.view(*mean.shape, -1) - mean[..., None]
+    slope, shift = (vector.view(-1, *[1] * (shifted.dim() - 2)) for vector in (weight, bias))
+    return (centred * rstd[..., None]).view(shifted.shape) * slope + shift
+
+
 @dataclass(frozen=True)
 class _Corner:
     """One of the eight corners of all samples of one level; tensors are [N, Lq, M, P]."""

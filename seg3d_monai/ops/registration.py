@@ -25,9 +25,11 @@ REFERENCE_KERNELS: dict[str, Callable[..., Any]] = {
     "batched_nms3d": reference.batched_nms3d,
     "layer_norm": reference.layer_norm,
     "layer_norm_backward": reference.layer_norm_backward,
+    "group_norm": reference.group_norm,
+    "group_norm_backward": reference.group_norm_backward,
 }
-PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d", "ms_deform_attn3d", "layer_norm")
-PLAIN_ON_CUDA = ("layer_norm", "layer_norm_backward")
+PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d", "ms_deform_attn3d", "layer_norm", "group_norm")
+PLAIN_ON_CUDA = ("layer_norm", "layer_norm_backward", "group_norm", "group_norm_backward")
 """Operators without a CUDA kernel of ours: torch's own ones, which the reference calls, are good there."""
 
 
@@ -155,6 +157,21 @@ def _layer_norm_backward_fake(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::group_norm")
+def _group_norm_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    moments = x.new_empty((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), moments, torch.empty_like(moments)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::group_norm_backward")
+def _group_norm_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
 def _roi_align3d_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     features, boxes, batch_index, _, _, _, *settings = inputs
     ctx.save_for_backward(boxes, batch_index)
@@ -209,6 +226,27 @@ def _layer_norm_gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor)
     return *gradients, None, None
 
 
+def _group_norm_context(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    *tensors, groups, _, relu = inputs
+    _, *moments = output
+    ctx.save_for_backward(*tensors, *moments)
+    ctx.mark_non_differentiable(*moments)
+    ctx.settings = (groups, relu)  # type: ignore[attr-defined]
+
+
+def _group_norm_gradient(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.seg3d.group_norm_backward(
+        grad,
+        *ctx.saved_tensors,  # type: ignore[attr-defined]
+        *ctx.settings,  # type: ignore[attr-defined]
+    )
+    return *gradients, None, None, None
+
+
 def _alert_if_not_deterministic(name: str, grad: Tensor) -> None:
     """Do as PyTorch's own operators: on CUDA sums are atomic, and their order is not fixed."""
     if not grad.is_cuda or not torch.are_deterministic_algorithms_enabled():
@@ -236,6 +274,7 @@ for _name, _gradient, _context in (
     ("roi_align3d", _roi_align3d_gradient, _roi_align3d_context),
     ("ms_deform_attn3d", _ms_deform_attn3d_gradient, _ms_deform_attn3d_context),
     ("layer_norm", _layer_norm_gradient, _layer_norm_context),
+    ("group_norm", _group_norm_gradient, _group_norm_context),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradient, setup_context=_context, lib=_LIBRARY)
     torch.library.register_autograd(f"{NAMESPACE}::{_name}_backward", _once_differentiable(_name), lib=_LIBRARY)

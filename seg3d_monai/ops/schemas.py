@@ -25,4 +25,11 @@ SCHEMAS = {
     "layer_norm_backward": (
         "(Tensor grad, Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)"
     ),
+    "group_norm": (
+        "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool relu) -> (Tensor, Tensor, Tensor)"
+    ),
+    "group_norm_backward": (
+        "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups, bool relu) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
 }

@@ -34,6 +34,16 @@ def test_block_is_convolution_then_norm_then_relu():
     torch.testing.assert_close(block(x), wanted.clamp(min=0), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("act", [False, True])
+def test_names_of_the_parameters(act):
+    assert list(ConvNormAct(3, 16, act=act).state_dict()) == ["0.weight", "1.weight", "1.bias"]
+
+
+def test_group_norm_has_a_relu_only_if_wanted():
+    x = torch.randn(2, 16, 3, 4, 5)
+    assert torch.equal(group_norm(16, relu=True)(x), group_norm(16)(x).clamp(min=0))
+
+
 @pytest.mark.parametrize("kernel", [2, (3, 4, 3)])
 def test_even_kernels_are_refused(kernel):
     with pytest.raises(ValueError, match="odd"):

@@ -3,13 +3,14 @@ import torch
 from torch import nn
 
 from seg3d_monai.layers import norm
-from seg3d_monai.layers.norm import CellNorm, ChannelNorm, LayerNorm
+from seg3d_monai.layers.norm import CellNorm, ChannelNorm, GroupNorm, LayerNorm
 
 
 @pytest.fixture(params=["operator", "torch"], autouse=True)
 def way(request, monkeypatch):
     """Each test runs on the operator and on torch's own norm."""
-    monkeypatch.setattr(norm, "LEAST_NUMBERS", 0 if request.param == "operator" else 2**62)
+    for name in ("LEAST_NUMBERS", "LEAST_GROUPED_NUMBERS"):
+        monkeypatch.setattr(norm, name, 0 if request.param == "operator" else 2**62)
     return request.param
 
 
@@ -130,4 +131,100 @@ def test_a_traced_graph_holds_the_operator_for_all_sizes(way):
     program = torch.export.export(module, (torch.randn(4, 8).bfloat16(),), dynamic_shapes=({0: rows},))
     assert "seg3d.layer_norm" in program.graph_module.code
     x = torch.randn(20, 8).bfloat16()
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+def group_norm_and_torchs(groups, channels, relu=False):
+    """The module, and nn.GroupNorm with the same parameters, which are no ones and zeros."""
+    torch.manual_seed(0)
+    module, other = GroupNorm(groups, channels, eps=1e-3, relu=relu), nn.GroupNorm(groups, channels, eps=1e-3)
+    nn.init.normal_(module.weight)
+    nn.init.normal_(module.bias)
+    other.load_state_dict(module.state_dict())
+    return module, other
+
+
+def test_parameters_of_group_norm_are_those_of_torchs_own():
+    module = GroupNorm(2, 8, relu=True)
+    assert list(module.state_dict()) == ["weight", "bias"]
+    assert torch.equal(module.weight, torch.ones(8))
+    assert not module.bias.any()
+    assert isinstance(module, nn.GroupNorm)
+    assert "relu=True" in repr(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("size", [(3, 4, 5), (1, 9), ()])
+def test_group_norm_equals_torchs_own(size, relu, dtype):
+    module, other = group_norm_and_torchs(2, 6, relu)
+    if dtype == torch.float64:
+        module, other = module.double(), other.double()
+    x, grad = torch.randn(2, 2, 6, *size).to(dtype).unbind()
+    x.requires_grad_()
+    normed, expected = module(x), other(x)
+    expected = torch.relu(expected) if relu else expected
+    torch.testing.assert_close(normed, expected)
+    mine = torch.autograd.grad(normed, [x, *module.parameters()], grad)
+    true = torch.autograd.grad(expected, [x, *other.parameters()], grad)
+    close = 1e-5 if dtype in (torch.float64, torch.float32) else 3e-2  # of torch's own
+    for one, two in zip(mine, true, strict=True):
+        assert one.dtype == two.dtype
+        torch.testing.assert_close(one, two, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_group_norm_of_a_half_type(dtype):
+    module, other = (each.to(dtype) for each in group_norm_and_torchs(2, 6, relu=True))
+    x = torch.randn(2, 6, 50).to(dtype)
+    normed = module(x)
+    assert normed.dtype == dtype
+    torch.testing.assert_close(normed, torch.relu(other(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_keeps_the_dtype_of_x_under_autocast(dtype):
+    module, x = GroupNorm(2, 8, relu=True), torch.randn(2, 8, 8, 8, 8).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        normed = module(x)
+    assert normed.dtype == dtype
+    assert torch.equal(normed, module(x))
+
+
+def test_group_norm_leaves_x_as_it_is():
+    x = torch.randn(2, 8, 30)
+    given = x.clone()
+    GroupNorm(2, 8, relu=True)(x)
+    assert torch.equal(x, given)
+
+
+def test_group_norm_on_other_devices_is_torchs_own():
+    names = names_called(GroupNorm(2, 8, relu=True).to("meta"), torch.empty(3, 8, 5, device="meta"))
+    assert {"aten::group_norm", "aten::relu_"} <= names
+    assert not any("seg3d" in name for name in names)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_cpus_run_the_group_norm_operator_where_it_is_faster(relu, monkeypatch):
+    monkeypatch.undo()
+    large = torch.zeros(1, 8, norm.LEAST_GROUPED_NUMBERS // 8, 1, 1, dtype=torch.bfloat16)
+    cases = (
+        (large, True),
+        (large[:, :, 1:].contiguous(), False),
+        (large.float(), relu),
+        (large.half(), False),
+        (large.to(memory_format=torch.channels_last_3d), False),
+    )
+    for x, runs_operator in cases:
+        names = names_called(GroupNorm(2, 8, relu=relu), x)
+        assert ("seg3d::group_norm" in names) == runs_operator
+        assert ("aten::group_norm" in names) != runs_operator
+
+
+def test_a_traced_graph_holds_the_group_norm_operator_for_all_sizes():
+    module = GroupNorm(2, 8, relu=True)
+    cells = torch.export.Dim("cells", min=2)
+    x = torch.randn(2, 8, 20).bfloat16()
+    program = torch.export.export(module, (x[..., :4].contiguous(),), dynamic_shapes=({2: cells},))
+    assert "seg3d.group_norm" in program.graph_module.code
     torch.testing.assert_close(program.module()(x), module(x))

@@ -180,3 +180,24 @@ def test_layer_norm_is_torchs_own(is_loaded, dtype):
         close = 1e-12 if one.dtype == torch.float64 else 4 * tolerance(one.dtype)
         assert two.is_cuda
         torch.testing.assert_close(two.cpu(), one, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_group_norm_is_torchs_own(is_loaded, dtype):
+    if is_loaded:
+        load_cuda_operators()
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 6, 5, 7), (6,), (6,), (2, 6, 5, 7))
+    x, weight, bias, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    accumulate = torch.promote_types(dtype, torch.float32)
+    tensors = x.to(dtype), weight.to(accumulate), bias.to(accumulate)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [tensor.to(device).requires_grad_() for tensor in tensors]
+        result = torch.ops.seg3d.group_norm(*leaves, 3, 1e-5, True)[0]
+        results.append((result, *torch.autograd.grad(result, leaves, grad.to(device, dtype))))
+    for one, two in zip(*results, strict=True):
+        close = 1e-12 if one.dtype == torch.float64 else 4 * tolerance(one.dtype)
+        assert two.is_cuda
+        torch.testing.assert_close(two.cpu(), one, rtol=close, atol=close)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seg3d_monai.ops import batched_nms3d, layer_norm, ms_deform_attn3d, nms3d, roi_align3d
+from seg3d_monai.ops import batched_nms3d, group_norm, layer_norm, ms_deform_attn3d, nms3d, roi_align3d
 
 FEW = settings(max_examples=150, deadline=None, derandomize=True)
 EXTENTS = st.integers(1, 9)
@@ -136,6 +136,34 @@ def test_layer_norm(data):
     expected = np.maximum(expected, 0) if relu else expected
     tolerance = max(torch.finfo(dtype).eps * 2, 2e-5)
     np.testing.assert_allclose(result.detach().double().numpy(), expected, rtol=tolerance, atol=10 * tolerance)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(result.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape
+        assert gradient.dtype == leaf.dtype
+        assert torch.isfinite(gradient).all()
+
+
+@FEW
+@given(st.data())
+def test_group_norm(data):
+    draw = data.draw
+    batch, groups, channels = draw(st.integers(0, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    size, dtype = (draw(st.integers(0, 9)), draw(st.integers(1, 40))), draw(DTYPES)
+    spread, offset = draw(st.sampled_from([0.0, 1e-3, 1.0, 100.0])), draw(st.sampled_from([0.0, -3.0, 500.0]))
+    eps, relu = draw(st.sampled_from([1e-6, 1e-2])), draw(st.booleans())
+    parameter_dtype = dtype if draw(st.booleans()) else torch.promote_types(dtype, torch.float32)
+    x = (noise((batch, groups * channels, *size), 0) * spread + offset).to(dtype)
+    leaves = [x, *(noise((groups * channels,), seed, parameter_dtype) for seed in (1, 2))]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    result = group_norm(*leaves, groups, eps, relu)
+    exact, weight, bias = (leaf.detach().double().numpy() for leaf in leaves)
+    grouped = exact.reshape(batch, groups, channels * size[0] * size[1])
+    if grouped.size:
+        centred = grouped - grouped.mean(-1, keepdims=True)
+        normed = (centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)).reshape(exact.shape)
+        expected = normed * weight[:, None, None] + bias[:, None, None]
+        expected = np.maximum(expected, 0) if relu else expected
+        tolerance = max(torch.finfo(dtype).eps * 2, 2e-5)
+        np.testing.assert_allclose(result.detach().double().numpy(), expected, rtol=tolerance, atol=10 * tolerance)
     for leaf, gradient in zip(leaves, torch.autograd.grad(result.sum(), leaves), strict=True):
         assert gradient.shape == leaf.shape
         assert gradient.dtype == leaf.dtype

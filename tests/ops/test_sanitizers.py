@@ -12,7 +12,14 @@ from seg3d_monai.ops.build import BuildError, compile_library, cpu_recipe, find_
 
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 HERE = Path(__file__).parent
-TESTS = ("test_fuzz.py", "test_roi_align3d.py", "test_ms_deform_attn3d.py", "test_nms3d.py", "test_layer_norm.py")
+TESTS = (
+    "test_fuzz.py",
+    "test_roi_align3d.py",
+    "test_ms_deform_attn3d.py",
+    "test_nms3d.py",
+    "test_layer_norm.py",
+    "test_group_norm.py",
+)
 CHECK = "from seg3d_monai.ops import status; print(status()[0]['library'])"
 
 

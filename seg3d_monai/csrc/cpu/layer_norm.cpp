@@ -15,7 +15,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
@@ -26,61 +25,16 @@
 
 #include "cpu/huge_pages.h"
 #include "cpu/lanes.h"
+#include "cpu/norm.h"
 #include "dispatch.h"
 
 namespace seg3d {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // How many numbers a thread should get at least, and how many numbers, or tiles, a chunk of rows holds.
 constexpr int64_t kLeastWork = 32768, kLeastTiles = 4;
-
-// Two vectors of channels that are all there.
-template <typename acc_t>
-struct WholePair {
-  template <typename scalar_t>
-  void load(const scalar_t* source, Vec<acc_t>& first, Vec<acc_t>& second) const {
-    load_pair<acc_t>(source, first, second);
-  }
-  template <typename scalar_t>
-  void store(scalar_t* target, Vec<acc_t> first, Vec<acc_t> second) const {
-    store_pair<acc_t>(target, first, second);
-  }
-  void clear_rest(Vec<acc_t>&, Vec<acc_t>&) const {}
-};
-
-// Two vectors at a row's end, in the order of the channels: `count` lanes are channels, and the others load as zero.
-template <typename acc_t>
-struct PartOfPair {
-  static constexpr int64_t lanes = num_lanes<acc_t>;
-  using Mask = typename VecOf<acc_t>::index;
-
-  explicit PartOfPair(int64_t count) : in_first(std::min(count, lanes)), in_second(count - in_first) {
-    for (int64_t i = 0; i < lanes; ++i) {
-      first_mask[i] = i < in_first ? -1 : 0;
-      second_mask[i] = i < in_second ? -1 : 0;
-    }
-  }
-  template <typename scalar_t>
-  void load(const scalar_t* source, Vec<acc_t>& first, Vec<acc_t>& second) const {
-    first = load_some_lanes<acc_t>(source, in_first);
-    second = load_some_lanes<acc_t>(source + in_first, in_second);
-  }
-  template <typename scalar_t>
-  void store(scalar_t* target, Vec<acc_t> first, Vec<acc_t> second) const {
-    store_some_lanes<acc_t>(target, first, in_first);
-    store_some_lanes<acc_t>(target + in_first, second, in_second);
-  }
-  void clear_rest(Vec<acc_t>& first, Vec<acc_t>& second) const {
-    first = (Vec<acc_t>)((Mask)first & first_mask);
-    second = (Vec<acc_t>)((Mask)second & second_mask);
-  }
-
-  int64_t in_first, in_second;
-  Mask first_mask, second_mask;
-};
 
 // How the channels of a row lie in pairs of vectors. With `fixed_pairs` > 0 there are so many, all of them whole.
 template <typename scalar, int64_t fixed_pairs>
@@ -198,25 +152,6 @@ struct Tile {
     }
   }
 };
-
-// The largest number that rounds to zero in the storage type.
-template <typename scalar_t>
-constexpr accumulate_t<scalar_t> largest_zero() {
-  if constexpr (std::is_same_v<scalar_t, c10::Half>) {
-    return 0x1p-25f;
-  } else if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
-    return 0x1p-134f;
-  } else {
-    return 0;
-  }
-}
-
-// x, and 0 where `y` <= limit; a NaN in y keeps x.
-template <typename acc_t>
-inline Vec<acc_t> keep_above(Vec<acc_t> x, Vec<acc_t> y, acc_t limit) {
-  using Mask = typename VecOf<acc_t>::index;
-  return (Vec<acc_t>)((Mask)x & ~(Mask)(y <= limit));
-}
 
 // A vector [C] in the order of a row's vectors, padded with zeros.
 template <typename Row>
@@ -433,17 +368,7 @@ void dispatch_row(const Tensor& x, bool relu, Function function) {
 
 void check_arguments(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "layer_norm: x must have the shape [..., C] with C >= 1");
-  const int64_t channels = x.size(x.dim() - 1);
-  for (const Tensor* vector : {&weight, &bias}) {
-    STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == channels,
-                    "layer_norm: weight and bias must have the shape [C] with C = ", channels, " of x");
-    STD_TORCH_CHECK(vector->scalar_type() == x.scalar_type() ||
-                        (vector->scalar_type() == ScalarType::Float && x.scalar_type() != ScalarType::Double),
-                    "layer_norm: weight and bias must have the dtype of x, or be float32 where x is a half type");
-    STD_TORCH_CHECK(vector->is_cpu(), "layer_norm: all tensors must be on the same device");
-  }
-  STD_TORCH_CHECK(x.is_cpu(), "layer_norm: all tensors must be on the same device");
-  STD_TORCH_CHECK(weight.scalar_type() == bias.scalar_type(), "layer_norm: weight and bias must have one dtype");
+  check_affine("layer_norm", x, x.size(x.dim() - 1), weight, bias);
 }
 
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool relu) {
@@ -460,11 +385,7 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, dou
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                        const Tensor& bias, double eps, bool relu) {
   check_arguments(x, weight, bias);
-  bool fits = grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() && grad.is_cpu();
-  for (int64_t axis = 0; fits && axis < x.dim(); ++axis) {
-    fits = grad.size(axis) == x.size(axis);
-  }
-  STD_TORCH_CHECK(fits, "layer_norm_backward: grad must have the dtype, the shape and the device of x");
+  check_grad("layer_norm", grad, x);
   const Tensor rows = torch::stable::contiguous(x), grads = torch::stable::contiguous(grad);
   const Tensor scale = torch::stable::contiguous(weight), offset = torch::stable::contiguous(bias);
   Tensor grad_x = torch::stable::empty_like(rows);
