@@ -24,9 +24,9 @@ from ignite.engine import EventEnum, Events
 from monai.engines import SupervisedTrainer
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from seg3d_monai.engine.allocator import keep_freed_memory
+from seg3d_monai.engine.average import WeightAverage
 from seg3d_monai.inference.precision import autocast_dtype
 
 __all__ = ["InstanceTrainer", "TrainerEvents"]
@@ -124,7 +124,7 @@ class InstanceTrainer(SupervisedTrainer):
         self.on_nonfinite = on_nonfinite
         self.schedule = schedule
         self.max_minutes = max_minutes
-        self.ema = AveragedModel(network, multi_avg_fn=_ema(ema_decay)) if ema_decay else None
+        self.ema = WeightAverage(network, ema_decay) if ema_decay else None
         self.stopped_by: signal.Signals | None = None
         self._peak_rates = [group["lr"] for group in optimizer.param_groups]
         self._clock = clock
@@ -183,7 +183,7 @@ class InstanceTrainer(SupervisedTrainer):
         return {
             "network": self.network.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "ema_steps": 0 if self.ema is None else int(self.ema.n_averaged),
+            "ema_steps": 0 if self.ema is None else self.ema.steps,
             "optimizer": self.optimizer.state_dict(),
             "grad_scaler": self.grad_scaler.state_dict(),
             "elapsed": self.elapsed,
@@ -209,7 +209,7 @@ class InstanceTrainer(SupervisedTrainer):
             raise ValueError(f"the checkpoint is of another network or optimizer ({error}); {mend}") from error
         if self.ema is not None:
             self.ema.module.load_state_dict(checkpoint["ema"])
-            self.ema.n_averaged.fill_(checkpoint["ema_steps"])
+            self.ema.steps = checkpoint["ema_steps"]
         if checkpoint["grad_scaler"]:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler"])
         for name in ("iteration", "best_metric", "best_metric_epoch", "validated_iteration"):
@@ -221,7 +221,8 @@ class InstanceTrainer(SupervisedTrainer):
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, float]:
         self._seed_everything()
-        self.network.train()
+        if not self.network.training:
+            self.network.train()
         position = (self.state.iteration - 1) % self.state.epoch_length
         first = position - position % self.accumulation_steps
         if position == first:
@@ -253,12 +254,12 @@ class InstanceTrainer(SupervisedTrainer):
         if not (self.grad_scaler.is_enabled() or norm.isfinite()):
             self._not_finite(f"gradient norm {norm.item()}", crops)
             return
-        if self.clip_norm is not None:
+        if self.clip_norm is not None and norm > self.clip_norm:
             nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
         self.grad_scaler.step(self.optimizer)  # leaves a step out by itself when scaled gradients overflowed
         self.grad_scaler.update()
         if self.ema is not None:
-            self.ema.update_parameters(self.network)
+            self.ema.update()
 
     def _not_finite(self, what: str, crops: Any) -> None:
         message = f"epoch {self.state.epoch}, iteration {self.state.iteration}, crops {crops}: {what} is not finite"
@@ -344,14 +345,3 @@ class _ResumableLoader:
 def _require(condition: bool, name: str, value: Any, mend: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value!r} cannot be used; give {mend}")
-
-
-def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Exponential average whose decay grows from 0.1 to its value, so that a short training forgets its start."""
-
-    @torch.no_grad()
-    def update(averages: list[Tensor], currents: list[Tensor], steps: Tensor) -> None:
-        count = int(steps)
-        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + count) / (10 + count)))
-
-    return update
