@@ -5,7 +5,6 @@ Level `c1` is the first stage; a level's stride is the product of the stem's and
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,7 +45,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, D, H, W] -> [N, width * expansion, D', H', W']."""
-        return torch.relu(self.body(x) + self.shortcut(x))
+        out: Tensor = self.body(x).add_(self.shortcut(x)).relu_()  # in place: no norm needs its result again
+        return out
 
 
 class ResNet(nn.Module):

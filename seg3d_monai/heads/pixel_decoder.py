@@ -99,7 +99,7 @@ class Fusion(nn.Module):
         # The nearest cell is enough: the convolution can make linear interpolation of it. By the ratio of the strides,
         # not of the sizes: cell i lies in coarse cell i // ratio at odd sizes too.
         grown = F.interpolate(coarse.to(merged.dtype), scale_factor=tuple(map(float, self.ratio)), mode="nearest")
-        merged = _without(merged + grown[:, :, :depth, :height, :width], padding)
+        merged = _without(merged.add_(grown[:, :, :depth, :height, :width]), padding)
         fused: Tensor = self.norm(self.conv(merged))
         return fused
 
