@@ -1,7 +1,7 @@
 """The C library's allocator, told to keep what a training step frees.
 
 glibc gives large blocks back to the system as soon as they are free. A training step on the CPU frees and asks for the
-same gigabytes again and again, and the system clears every page of them anew: a tenth of the step's time.
+same gigabytes again and again, and the system clears every page of them anew.
 """
 
 import ctypes
