@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seg3d_monai.layers import ConvNormAct
+from seg3d_monai.layers import ConvNormAct, repeat_cells
 
 
 class FeaturePyramid(nn.Module):
@@ -63,7 +62,7 @@ class FeaturePyramid(nn.Module):
             merged = self.lateral[level](features[level])
             if top is not None:
                 # By the ratio of the strides, not of the sizes: cell i lies in coarse cell i // ratio at odd sizes too.
-                grown = F.interpolate(top, scale_factor=tuple(map(float, self.ratios[level])), mode="nearest")
+                grown = repeat_cells(top, self.ratios[level], 2)
                 depth, height, width = merged.shape[2:]
                 merged = merged + grown[:, :, :depth, :height, :width]
             top = merged

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +25,7 @@ from seg3d_monai.layers import (
     level_centres,
     level_positions,
     place_features,
+    repeat_cells,
 )
 
 Axes = tuple[int, int, int]
@@ -95,11 +95,11 @@ class Fusion(nn.Module):
             [N, C, D, H, W] with the channels last in memory, as all maps here.
         """
         depth, height, width = fine.shape[2:]
-        merged = self.lateral_norm(self.lateral(fine)).unflatten(1, (depth, height, width)).movedim(-1, 1)
+        merged = self.lateral_norm(self.lateral(fine)).unflatten(1, (depth, height, width))
         # The nearest cell is enough: the convolution can make linear interpolation of it. By the ratio of the strides,
         # not of the sizes: cell i lies in coarse cell i // ratio at odd sizes too.
-        grown = F.interpolate(coarse.to(merged.dtype), scale_factor=tuple(map(float, self.ratio)), mode="nearest")
-        merged = _without(merged.add_(grown[:, :, :depth, :height, :width]), padding)
+        grown = repeat_cells(coarse.to(merged.dtype).movedim(1, -1), self.ratio, 1)
+        merged = _without((merged + grown[:, :depth, :height, :width]).movedim(-1, 1), padding)
         fused: Tensor = self.norm(self.conv(merged))
         return fused
 

@@ -10,6 +10,7 @@ from seg3d_monai.layers.place_kernel import PLACE_CHANNELS, PlaceEmbedding, plac
 from seg3d_monai.layers.pooling import pool_to_levels
 from seg3d_monai.layers.position import level_centres, level_positions, sine_positions
 from seg3d_monai.layers.transformer import CrossAttention, FeedForward, SelfAttention
+from seg3d_monai.layers.upsample import repeat_cells
 
 __all__ = [
     "MLP",
@@ -31,5 +32,6 @@ __all__ = [
     "level_positions",
     "place_features",
     "pool_to_levels",
+    "repeat_cells",
     "sine_positions",
 ]
