@@ -109,7 +109,7 @@ def measure_intensity(
     parts: list[np.ndarray] = []
     for roi in sample_rois(volume.shape[1:], max_voxels):
         block = volume.read(roi)
-        _check_block(block, roi, volume.path)
+        check_block(block, roi, volume.path)
         parts.append(block.reshape(block.shape[0], -1))
     low: list[float] = []
     high: list[float] = []
@@ -140,10 +140,15 @@ def check_finite(volume: Volume) -> None:
     if volume.dtype.kind != "f":
         return
     for roi in storage_rois(volume):
-        _check_block(volume.read(roi), roi, volume.path)
+        check_block(volume.read(roi), roi, volume.path)
 
 
-def _check_block(block: np.ndarray, roi: Sequence[int], path: str | None) -> None:
+def check_block(block: np.ndarray, roi: Sequence[int], path: str | None) -> None:
+    """See that every voxel [C, d, h, w] that was read from `roi` is a finite number.
+
+    Raises:
+        ValueError: names the first NaN or infinite voxel.
+    """
     if block.dtype.kind != "f":
         return
     finite = np.isfinite(block)

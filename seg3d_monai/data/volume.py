@@ -115,7 +115,11 @@ class ArrayVolume(Volume):
 
 
 class StoredVolume(Volume):
-    """A volume in a file or folder; made by `open_volume`, whose arguments it takes."""
+    """A volume in a file or folder; made by `open_volume`, whose arguments it takes.
+
+    Attributes:
+        num_times: time points that are stored.
+    """
 
     def __init__(
         self,
@@ -136,6 +140,7 @@ class StoredVolume(Volume):
             raise ValueError(f"{stored.location}: holds no voxel, its shape is {stored.shape}")
         self.dtype = _native_dtype(stored.dtype, stored.location)
         num_times, num_channels = (stored.shape[self._axis_of[a]] if a in self._axis_of else 1 for a in "TC")
+        self.num_times = num_times
         self._time = operator.index(time)
         if not 0 <= self._time < num_times:
             raise ValueError(f"{stored.location}: time={time} is not there; choose 0 to {num_times - 1}")

@@ -1,13 +1,14 @@
 """The plan of blocks: what a block owns, what it reads, and which blocks see the same voxels.
 
-Owned ROIs tile the volume; a read ROI is the owned ROI plus the halo on every side, clipped to the volume. A block's
-index is its place in raster order of the grid, so it depends on the plan alone. This file knows geometry only: no
-arrays, no files, no predictor.
+Owned ROIs tile the volume, or the region of it that is asked for; a read ROI is the owned ROI plus the halo on every
+side, clipped to the volume. A block's index is its place in raster order of the grid, so it depends on the plan alone.
+The time points of a series have a grid each, one after the other, and never see each other. This file knows geometry
+only: no arrays, no files, no predictor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -20,13 +21,15 @@ class Block:
     """One block of the plan.
 
     Attributes:
-        index: place in raster order of the grid, from 0.
+        index: place in raster order of the grid, from 0; later time points follow.
+        time: place of its time point in the series, from 0.
         position: (i, j, k) in the grid.
         owned: the ROI that this block alone writes, volume voxels, half-open.
         read: the ROI that this block sees, owned + halo clipped to the volume.
     """
 
     index: int
+    time: int
     position: Triple
     owned: Roi
     read: Roi
@@ -34,38 +37,65 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """A grid of blocks over a volume.
+    """A grid of blocks over a volume, the same for each time point.
 
     Attributes:
         shape: (Z, Y, X) of the volume.
-        block_size: (z, y, x) of an owned ROI; the last one of an axis is clipped at the volume's end.
+        block_size: (z, y, x) of an owned ROI; clipped where the region ends.
         halo: (z, y, x) voxels read beyond the owned ROI on either side.
+        region: the ROI that the blocks tile.
+        offset: (z, y, x) of a grid line, volume voxels; the others are multiples of the block size away.
+        first: (z, y, x) number of the first block, counted from the offset: below 0 where it begins before it.
         grid: number of blocks per axis.
+        times: number of time points.
     """
 
     shape: Triple
     block_size: Triple
     halo: Triple
+    region: Roi
+    offset: Triple
+    first: Triple
     grid: Triple
+    times: int
 
     @classmethod
-    def make(cls, *, shape: Sequence[int], block_size: int | Sequence[int], halo: int | Sequence[int]) -> BlockPlan:
+    def make(
+        cls,
+        *,
+        shape: Sequence[int],
+        block_size: int | Sequence[int],
+        halo: int | Sequence[int],
+        roi: Sequence[int] | None = None,
+        offset: int | Sequence[int] = 0,
+        times: int = 1,
+    ) -> BlockPlan:
         """A checked plan.
 
         Args:
             shape: (Z, Y, X) of the volume, each at least 1.
             block_size: int or (z, y, x), voxels, each at least 1; larger than the volume means one block on that axis.
             halo: int or (z, y, x), voxels, each at least 0, at least 1 on an axis that holds more than one block.
+            roi: (z1, y1, x1, z2, y2, x2) to predict, volume voxels; None for all. Grid lines stay where they are
+                without it, so blocks inside are those of the whole volume.
+            offset: int or (z, y, x), voxels, by which the grid lines are moved, each at least 0.
+            times: number of time points, at least 1.
 
         Raises:
-            ValueError: if a number is out of its range or has not 3 values.
+            ValueError: if a number is out of its range or has not 3 values, or the ROI is empty or leaves the volume.
             TypeError: if a number is not an integer.
         """
         extent = _triple("shape", shape, minimum=1)
         size = _triple("block_size", block_size, minimum=1)
         margin = _triple("halo", halo, minimum=0)
+        start = _triple("offset", offset, minimum=0)
+        if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+            raise ValueError(f"times is {times!r}; pass an integer of at least 1")
+        region = (0, 0, 0, *extent) if roi is None else _region(roi, extent)
         size = _as_triple(min(s, e) for s, e in zip(size, extent, strict=True))
-        grid = _as_triple(-(-e // s) for s, e in zip(size, extent, strict=True))
+        first = _as_triple((lo - o) // s for lo, o, s in zip(region[:3], start, size, strict=True))
+        stop = _as_triple(-((o - hi) // s) for hi, o, s in zip(region[3:], start, size, strict=True))
+        grid = _as_triple(b - a for a, b in zip(first, stop, strict=True))
         for axis, count, h in zip("zyx", grid, margin, strict=True):
             if count > 1 and h < 1:
                 raise ValueError(
@@ -73,10 +103,24 @@ class BlockPlan:
                     f"objects on a face cannot be stitched; pass a halo of at least 1 (about an object's radius), or a "
                     f"block_size of {extent['zyx'.index(axis)]} along {axis}"
                 )
-        return cls(shape=extent, block_size=size, halo=margin, grid=grid)
+        return cls(
+            shape=extent,
+            block_size=size,
+            halo=margin,
+            region=region,
+            offset=start,
+            first=first,
+            grid=grid,
+            times=times,
+        )
+
+    @property
+    def blocks_per_time(self) -> int:
+        """Blocks of one time point."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
 
     def __len__(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2]
+        return self.times * self.blocks_per_time
 
     def __iter__(self) -> Iterator[Block]:
         return (self[index] for index in range(len(self)))
@@ -84,15 +128,17 @@ class BlockPlan:
     def __getitem__(self, index: int) -> Block:
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
+        time, place = divmod(index, self.blocks_per_time)
         _, rows, columns = self.grid
-        position = (index // (rows * columns), index // columns % rows, index % columns)
-        first = [p * s for p, s in zip(position, self.block_size, strict=True)]
-        stop = [min(f + s, e) for f, s, e in zip(first, self.block_size, self.shape, strict=True)]
-        owned = (first[0], first[1], first[2], stop[0], stop[1], stop[2])
-        read_first = [max(f - h, 0) for f, h in zip(first, self.halo, strict=True)]
-        read_stop = [min(s + h, e) for s, h, e in zip(stop, self.halo, self.shape, strict=True)]
-        read = (read_first[0], read_first[1], read_first[2], read_stop[0], read_stop[1], read_stop[2])
-        return Block(index=index, position=position, owned=owned, read=read)
+        position = (place // (rows * columns), place // columns % rows, place % columns)
+        low, high, read_low, read_high = [], [], [], []
+        for axis in range(3):
+            line = self.offset[axis] + (self.first[axis] + position[axis]) * self.block_size[axis]
+            low.append(max(line, self.region[axis]))
+            high.append(min(line + self.block_size[axis], self.region[axis + 3]))
+            read_low.append(max(low[axis] - self.halo[axis], 0))
+            read_high.append(min(high[axis] + self.halo[axis], self.shape[axis]))
+        return Block(index, time, position, _as_roi(low + high), _as_roi(read_low + read_high))
 
     def neighbours(self, index: int) -> list[int]:
         """Blocks whose read ROI overlaps the read ROI of this one, ascending, without itself.
@@ -100,22 +146,26 @@ class BlockPlan:
         A halo of more than half a block reaches beyond the 26 adjacent blocks.
         """
         block = self[index]
-        # Two read ROIs that are d blocks apart overlap iff (d - 1) * size < 2 * halo.
-        reach = [-(-2 * h // s) for h, s in zip(self.halo, self.block_size, strict=True)]
-        axes = [
-            range(max(p - r, 0), min(p + r, g - 1) + 1)
-            for p, r, g in zip(block.position, reach, self.grid, strict=True)
-        ]
-        found = ((i * self.grid[1] + j) * self.grid[2] + k for i, j, k in product(*axes))
+        found = self._blocks_near(block.time, *self._reach(block.position))
         return [other for other in found if other != index and intersection(block.read, self[other].read) is not None]
 
-    def owners(self, roi: Roi) -> list[int]:
-        """Blocks whose owned ROI overlaps a ROI, ascending."""
-        axes = [
-            range(max(roi[a], 0) // self.block_size[a], -(-min(roi[a + 3], self.shape[a]) // self.block_size[a]))
-            for a in range(3)
-        ]
-        return [(i * self.grid[1] + j) * self.grid[2] + k for i, j, k in product(*axes)]
+    def owners(self, block: Block) -> list[int]:
+        """Blocks whose owned ROI overlaps the read ROI of a block, ascending, with itself."""
+        found = self._blocks_near(block.time, *self._reach(block.position))
+        return [other for other in found if intersection(block.read, self[other].owned) is not None]
+
+    def _reach(self, position: Triple) -> tuple[list[int], list[int]]:
+        """First and last position of the blocks that can share a read voxel with one."""
+        # The d - 1 blocks between two are whole, so their read ROIs overlap iff (d - 1) * size < 2 * halo.
+        reach = [-(-2 * h // s) for h, s in zip(self.halo, self.block_size, strict=True)]
+        low = [max(p - r, 0) for p, r in zip(position, reach, strict=True)]
+        high = [min(p + r, g - 1) for p, r, g in zip(position, reach, self.grid, strict=True)]
+        return low, high
+
+    def _blocks_near(self, time: int, low: Sequence[int], high: Sequence[int]) -> Iterator[int]:
+        axes = [range(a, b + 1) for a, b in zip(low, high, strict=True)]
+        start = time * self.blocks_per_time
+        return (start + (i * self.grid[1] + j) * self.grid[2] + k for i, j, k in product(*axes))
 
 
 def intersection(a: Roi, b: Roi) -> Roi | None:
@@ -139,9 +189,24 @@ def roi_slices(roi: Roi, origin: Sequence[int] = (0, 0, 0)) -> tuple[slice, slic
     )
 
 
-def _as_triple(values: Iterator[int]) -> Triple:
+def _as_triple(values: Iterable[int]) -> Triple:
     a, b, c = values
     return a, b, c
+
+
+def _as_roi(values: Iterable[int]) -> Roi:
+    z1, y1, x1, z2, y2, x2 = values
+    return z1, y1, x1, z2, y2, x2
+
+
+def _region(roi: Sequence[int], extent: Triple) -> Roi:
+    values = list(roi)
+    if len(values) != 6:
+        raise ValueError(f"roi has {len(values)} values: {values}; pass six integers (z1, y1, x1, z2, y2, x2)")
+    low, high = _triple("roi", values[:3], minimum=0), _triple("roi", values[3:], minimum=0)
+    if any(not a < b <= n for a, b, n in zip(low, high, extent, strict=True)):
+        raise ValueError(f"roi is {values}; it must hold a voxel and lie inside the volume of (z, y, x) = {extent}")
+    return (*low, *high)
 
 
 def _triple(name: str, value: int | Sequence[int], *, minimum: int) -> Triple:

@@ -1,7 +1,7 @@
 """A detector of limited capacity on a crowded block: the block is halved until its parts are not crowded.
 
 A query-based detector finds at most as many instances as it has queries. Must not know models: a detector is a callable
-image [1, C, D, H, W] -> [{"boxes", "scores", "classes", "mask_logits"}].
+images [N, C, D, H, W] -> N times {"boxes", "scores", "classes", "mask_logits"}.
 """
 
 import logging
@@ -20,50 +20,79 @@ MOST_HALVINGS = 3
 
 Found = dict[str, Any]
 """Tensors, and the list of mask logits."""
+Network = Callable[[Tensor], Sequence[Mapping[str, Any]]]
 
 
 def detect(
-    network: Callable[[Tensor], Sequence[Mapping[str, Any]]],
+    network: Network,
     image: Tensor,
     *,
     capacity: int | None,
     score_threshold: float,
     halvings: int = MOST_HALVINGS,
 ) -> Found:
-    """Instances of one image, on the CPU; in halves, and halves of these, where there are too many for one call.
+    """Instances of one image [C, D, H, W]: `detect_batch` for a batch of one."""
+    return detect_batch(network, image[None], capacity=capacity, score_threshold=score_threshold, halvings=halvings)[0]
 
-    The halves of a part overlap by a quarter of its extent; each keeps the instances whose boxes are centred in its own
-    half, so an object as large as the overlap is seen whole by the half that keeps it.
+
+def detect_batch(
+    network: Network,
+    images: Tensor,
+    *,
+    capacity: int | None,
+    score_threshold: float,
+    halvings: int = MOST_HALVINGS,
+) -> list[Found]:
+    """Instances of each image, on the CPU; in halves, and halves of these, where there are too many for one call.
+
+    All images go through the network together; then the crowded ones alone are looked at in parts. The halves of a part
+    overlap by a quarter of its extent; each keeps the instances whose boxes are centred in its own half, so an object
+    as large as the overlap is seen whole by the half that keeps it.
 
     Args:
         network: the detector, in evaluation mode.
-        image: [C, D, H, W].
-        capacity: the most instances that one call can find; None for no limit.
+        images: [N, C, D, H, W].
+        capacity: the most instances that one call can find in an image; None for no limit.
         score_threshold: least score of an instance that counts towards a crowd.
-        halvings: how often the image may be halved; a warning says so where that was not enough.
+        halvings: how often an image may be halved; a warning says so where that was not enough.
 
     Returns:
-        {"boxes" [M, 6] in the image's frame, "scores" [M], "classes" [M], "mask_logits": M tensors}.
+        For each image {"boxes" [M, 6] in the image's frame, "scores" [M], "classes" [M], "mask_logits": M tensors}.
+
+    Raises:
+        ValueError: the network does not return one result for each image.
     """
-    found: Found = {
-        key: value.cpu() if isinstance(value, Tensor) else [tensor.cpu() for tensor in value]
-        for key, value in network(image[None])[0].items()
-    }
-    number = int((found["scores"] >= score_threshold).sum())
-    if capacity is None or number < CROWDED_SHARE * capacity:
-        return found
+    results: list[Found] = [
+        {
+            key: value.cpu() if isinstance(value, Tensor) else [tensor.cpu() for tensor in value]
+            for key, value in found.items()
+        }
+        for found in network(images)
+    ]
+    if len(results) != len(images):
+        raise ValueError(f"network returned {len(results)} results for {len(images)} images; return one for each")
+    for n, found in enumerate(results):
+        number = int((found["scores"] >= score_threshold).sum())
+        if capacity is None or number < CROWDED_SHARE * capacity:
+            continue
+        size = "x".join(map(str, images.shape[2:]))
+        if halvings == 0:
+            logger.warning(
+                "%d objects in a part of %s voxels, and the model has %d queries: objects may be lost; "
+                "raise num_queries or use smaller blocks",
+                number,
+                size,
+                capacity,
+            )
+        else:
+            logger.info("%d objects for %d queries in %s voxels: halved", number, capacity, size)
+            results[n] = _in_halves(network, images[n], capacity, score_threshold, halvings - 1)
+    return results
+
+
+def _in_halves(network: Network, image: Tensor, capacity: int, score_threshold: float, halvings: int) -> Found:
     size = image.shape[1:]
     axis = max(range(3), key=lambda a: size[a])
-    if halvings == 0:
-        logger.warning(
-            "%d objects in a part of %s voxels, and the model has %d queries: objects may be lost; "
-            "raise num_queries or use smaller blocks",
-            number,
-            "x".join(map(str, size)),
-            capacity,
-        )
-        return found
-    logger.info("%d objects for %d queries in %s voxels: halved", number, capacity, "x".join(map(str, size)))
     middle, overlap = size[axis] // 2, size[axis] // 8
     halves = []
     for start, end, is_lower in ((0, middle + overlap, True), (middle - overlap, size[axis], False)):
@@ -72,7 +101,7 @@ def detect(
             image.narrow(axis + 1, start, end - start),
             capacity=capacity,
             score_threshold=score_threshold,
-            halvings=halvings - 1,
+            halvings=halvings,
         )
         boxes = part["boxes"]
         boxes[:, [axis, axis + 3]] += start

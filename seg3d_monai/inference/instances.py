@@ -87,13 +87,14 @@ class Instances:
                 raise ValueError(f"{name} of instance {number} are not finite: {values[number]}; drop such instances")
         if (self.classes < 0).any():
             raise ValueError(f"classes hold {int(self.classes.min())}; count foreground classes from 0")
+        is_inverted = (self.boxes[:, 3:] < self.boxes[:, :3]).any(axis=1)
+        if is_inverted.any():
+            number = int(np.argmax(is_inverted))
+            raise ValueError(f"box of instance {number} is inverted: {self.boxes[number].tolist()}")
         lower, upper = self._corners()
-        for number, mask in enumerate(self.masks):
-            if (self.boxes[number, 3:] < self.boxes[number, :3]).any():
-                raise ValueError(f"box of instance {number} is inverted: {self.boxes[number].tolist()}")
+        for number, (mask, extent) in enumerate(zip(self.masks, map(tuple, (upper - lower).tolist()), strict=True)):
             if mask.dtype != np.bool_:
                 raise TypeError(f"mask of instance {number} has dtype {mask.dtype}; threshold it to bool")
-            extent = tuple(int(v) for v in upper[number] - lower[number])
             if mask.shape != extent:
                 raise ValueError(
                     f"mask of instance {number} has shape {mask.shape}; its box {self.boxes[number].tolist()} needs "
@@ -129,7 +130,8 @@ class Instances:
             if (first >= stop).any():
                 continue
             mask = mask[tuple(slice(int(a), int(b)) for a, b in zip(first, stop, strict=True))]
-            ranges = [np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+            plane: NDArray[np.bool_] = mask.any(axis=0)
+            ranges = [np.flatnonzero(line) for line in (mask.any(axis=(1, 2)), plane.any(axis=1), plane.any(axis=0))]
             if ranges[0].size == 0:
                 continue
             low = np.array([r[0] for r in ranges])

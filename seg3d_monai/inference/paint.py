@@ -1,7 +1,7 @@
 """From groups to voxels: rules 5 to 7 of `stitch` (painting, duplicates across blocks, ids).
 
-`stitch_blocks` runs the whole rule and returns a `Stitched` stack, which paints any block's owned ROI on request, in
-any order. This file knows neither predictor nor files.
+`stitch_records` runs the rules and returns a `Stitched` stack, which knows who claims voxels of any block's owned ROI;
+`paint_block` paints it, in any order and in any process. This file knows neither predictor nor files.
 """
 
 from __future__ import annotations
@@ -13,160 +13,220 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from seg3d_monai.inference.blocks import BlockPlan, Roi, intersection, roi_slices
-from seg3d_monai.inference.stitch import (
-    Census,
-    InstanceSource,
-    Ints,
-    find_guests,
-    group_instances,
-    label_map,
-    link_blocks,
-    take_census,
-)
+from seg3d_monai.inference.evidence import InstanceSource, Ints, count_pairs, label_map
+from seg3d_monai.inference.stitch import Records, find_guests, group_instances
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """An instance that is painted in a block that is not its own.
+
+    Attributes:
+        block: its own block.
+        number: its number there.
+        value: what is painted.
+        score: its score.
+    """
+
+    block: int
+    number: int
+    value: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Who claims voxels of a block's owned ROI.
+
+    Attributes:
+        block: index of the block.
+        values: int64 [n] what its own instances paint, by number; 0 for nothing.
+        scores: float64 [n] their scores.
+        visitors: instances of other blocks, the strongest first.
+    """
+
+    block: int
+    values: Ints
+    scores: NDArray[np.float64]
+    visitors: tuple[Visitor, ...]
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A painted owned ROI.
+
+    Attributes:
+        values: int64 [s] the values that occur in the claims, ascending; `values[0]` is 0, background.
+        own: int32 [d, h, w] index into `values` of what the block's own instances paint.
+        slots: int32 [d, h, w] the same after visitors have competed.
+    """
+
+    values: Ints
+    own: NDArray[np.int32]
+    slots: NDArray[np.int32]
+
+
+def paint_block(plan: BlockPlan, source: InstanceSource, claims: Claims, min_score: float | None = None) -> Painted:
+    """Paint a block's owned ROI.
+
+    Args:
+        plan: the plan of blocks.
+        source: gives the instances of the block and of its visitors' blocks.
+        claims: who claims its voxels.
+        min_score: instances below it do not exist.
+    """
+    roi = plan[claims.block].owned
+    labels = label_map(source.instances(claims.block, roi, min_score), roi)
+    visiting = np.array([visitor.value for visitor in claims.visitors], np.int64)
+    values = np.unique(np.concatenate([[0], claims.values, visiting]))
+    slot_of = np.concatenate([[0], np.searchsorted(values, claims.values)]).astype(np.int32)
+    own = slot_of[labels]
+    if not claims.visitors:
+        return Painted(values, own, own)
+    score = np.concatenate([[-np.inf], np.where(claims.values > 0, claims.scores, -np.inf)])[labels]
+    slots = own.copy()
+    views = _Views(plan, source, roi, min_score)
+    for visitor, slot in zip(claims.visitors, np.searchsorted(values, visiting).tolist(), strict=True):
+        window, mask = views.of(visitor)
+        wins = mask & (visitor.score > score[window])
+        slots[window][wins] = slot
+        score[window][wins] = visitor.score
+    return Painted(values, own, slots)
 
 
 @dataclass(frozen=True)
 class Stitched:
-    """A stitched stack: who belongs to which object, and how to paint it.
+    """A stitched stack: who belongs to which object.
 
     Attributes:
-        plan: the plan of blocks.
-        source: where instances are read from.
-        census: numbers per instance.
+        records: numbers for each instance.
         guests: instances painted in a block that is not theirs, by block.
-        object_id: [N] id of every instance's object, from 1; 0 for dropped ones.
-        scores: [objects] score of the member that has most of its voxels in its own owned ROI.
-        classes: [objects] class of that member.
-        min_score: instances below it do not exist.
+        object_id: int64 [N] id of every instance's object, from 1; 0 for dropped ones.
+        scores: float64 [objects] score of the member that has most of its voxels in its own owned ROI.
+        classes: int32 [objects] class of that member.
     """
 
-    plan: BlockPlan
-    source: InstanceSource
-    census: Census
+    records: Records
     guests: dict[int, Ints]
     object_id: Ints
     scores: NDArray[np.float64]
-    classes: Ints
-    min_score: float | None
+    classes: NDArray[np.int32]
 
     @property
     def num_objects(self) -> int:
         """How many objects the stack holds."""
         return len(self.scores)
 
-    def paint(self, block: int) -> Ints:
-        """Object ids over a block's owned ROI, 0 = background."""
-        return _paint(
-            self.plan, self.source, self.census, self.guests, self.object_id, block=block, min_score=self.min_score
-        )[1]
+    def painted_blocks(self) -> list[int]:
+        """Blocks in which an object may be painted, ascending."""
+        own = np.unique(self.records.block[(self.object_id > 0) & (self.records.own > 0)])
+        visited = [block for block, guests in self.guests.items() if (self.object_id[guests] > 0).any()]
+        return sorted({*own.tolist(), *visited})
+
+    def claims(self, block: int) -> Claims:
+        """Who claims voxels of a block's owned ROI, by object id."""
+        return _claims(self.records, self.guests, self.object_id, block)
 
 
-def stitch_blocks(
-    plan: BlockPlan, source: InstanceSource, *, min_score: float | None = None, progress: bool = False
+def stitch_records(
+    plan: BlockPlan,
+    source: InstanceSource,
+    records: Records,
+    *,
+    min_score: float | None = None,
+    min_volume: int = 0,
+    progress: bool = False,
 ) -> Stitched:
     """Join the instances of all blocks into objects; the rule is the docstring of `stitch`.
 
     Args:
         plan: the plan of blocks.
         source: gives the instances of every block.
-        min_score: ignore instances with a lower score.
-        progress: show progress bars.
+        records: what `gather_records` gave.
+        min_score: instances below it do not exist.
+        min_volume: objects with fewer voxels are left out; what they covered goes to those behind them.
+        progress: show a progress bar.
     """
-    census = take_census(plan, source, min_score=min_score, progress=progress)
-    links = link_blocks(plan, source, census, min_score=min_score, progress=progress)
-    group = group_instances(census, links)
-    guests = find_guests(census, links, group)
-    group = _remove_duplicates(plan, source, census, guests, group, min_score=min_score, progress=progress)
-    object_id, scores, classes = _number_objects(census, group)
-    return Stitched(
-        plan=plan,
-        source=source,
-        census=census,
-        guests=guests,
-        object_id=object_id,
-        scores=scores,
-        classes=classes,
-        min_score=min_score,
+    group = group_instances(records)
+    guests = find_guests(records, group)
+    group, volume = _remove_duplicates(plan, source, records, guests, group, min_score=min_score, progress=progress)
+    if min_volume > 0:
+        alive = np.flatnonzero(group >= 0)
+        group[alive[volume[group[alive]] < min_volume]] = -1
+    return Stitched(records, guests, *_number_objects(records, group))
+
+
+def _claims(records: Records, guests: dict[int, Ints], value: Ints, block: int) -> Claims:
+    mine = records.of_block(block)
+    visitors = [int(i) for i in guests.get(block, ()) if value[i] > 0]
+    return Claims(
+        block=block,
+        values=value[mine],
+        scores=records.score[mine],
+        visitors=tuple(
+            Visitor(
+                block=int(records.block[i]),
+                number=i - int(records.first[records.block[i]]),
+                value=int(value[i]),
+                score=float(records.score[i]),
+            )
+            for i in sorted(visitors, key=lambda i: (-records.score[i], i))
+        ),
     )
 
 
-def _paint(
-    plan: BlockPlan,
-    source: InstanceSource,
-    census: Census,
-    guests: dict[int, Ints],
-    value: Ints,
-    *,
-    block: int,
-    min_score: float | None,
-) -> tuple[Ints, Ints]:
-    """Values (0 = nothing) over a block's owned ROI: of its own instances, and of all after guests have competed."""
-    roi = plan[block].owned
-    first = census.first
-    labels = label_map(source.instances(block, roi, min_score), roi)
-    own = np.concatenate([[0], value[first[block] : first[block + 1]]])[labels]
-    visitors = [int(i) for i in guests.get(block, ()) if value[i] > 0]
-    if not visitors:
-        return own, own
-    score = np.concatenate([[-np.inf], census.score[first[block] : first[block + 1]]])[labels]
-    score[own == 0] = -np.inf
-    painted = own.copy()
-    view = _GuestViews(plan, source, census, block, min_score)
-    for visitor in sorted(visitors, key=lambda i: (-census.score[i], i)):
-        window, mask = view(visitor)
-        wins = mask & (census.score[visitor] > score[window])
-        painted[window][wins] = value[visitor]
-        score[window][wins] = census.score[visitor]
-    return own, painted
+class _Views:
+    """Where the instances of other blocks lie in an owned ROI: a window of it, and the exclusive mask there."""
 
-
-class _GuestViews:
-    """Where the instances of other blocks lie in a block's owned ROI: a window of it, and the exclusive mask there."""
-
-    def __init__(
-        self, plan: BlockPlan, source: InstanceSource, census: Census, block: int, min_score: float | None
-    ) -> None:
-        self._plan, self._source, self._census, self._min_score = plan, source, census, min_score
-        self._roi = plan[block].owned
+    def __init__(self, plan: BlockPlan, source: InstanceSource, roi: Roi, min_score: float | None) -> None:
+        self._plan, self._source, self._roi, self._min_score = plan, source, roi, min_score
         self._maps: dict[int, tuple[Roi, NDArray[np.int32]]] = {}
 
-    def __call__(self, instance: int) -> tuple[tuple[slice, slice, slice], NDArray[np.bool_]]:
-        other = int(self._census.block[instance])
-        if other not in self._maps:
-            shared = intersection(self._plan[other].read, self._roi)
+    def of(self, visitor: Visitor) -> tuple[tuple[slice, slice, slice], NDArray[np.bool_]]:
+        if visitor.block not in self._maps:
+            shared = intersection(self._plan[visitor.block].read, self._roi)
             assert shared is not None
-            self._maps[other] = (shared, label_map(self._source.instances(other, shared, self._min_score), shared))
-        shared, labels = self._maps[other]
-        return roi_slices(shared, self._roi[:3]), labels == instance - self._census.first[other] + 1
+            instances = self._source.instances(visitor.block, shared, self._min_score)
+            self._maps[visitor.block] = (shared, label_map(instances, shared))
+        shared, labels = self._maps[visitor.block]
+        return roi_slices(shared, self._roi[:3]), labels == visitor.number + 1
 
 
 def _remove_duplicates(
     plan: BlockPlan,
     source: InstanceSource,
-    census: Census,
+    records: Records,
     guests: dict[int, Ints],
     group: Ints,
     *,
     min_score: float | None,
     progress: bool,
-) -> Ints:
-    """Drop the groups that lose more than half of their voxels to groups of other blocks (rule 6)."""
-    count = len(census)
+) -> tuple[Ints, Ints]:
+    """Drop the groups that lose more than half of their voxels to groups of other blocks (rule 6).
+
+    Returns:
+        The groups that are left, and the number of voxels that each paints, by its lowest member.
+    """
+    count = len(records)
     group = group.copy()
     alive = np.flatnonzero(group >= 0)
-    claimed = np.bincount(group[alive], weights=census.own[alive], minlength=count).astype(np.int64)
+    claimed = np.zeros(count, np.int64)
+    np.add.at(claimed, group[alive], records.own[alive])
+    if not guests:
+        return group, claimed
     score = np.full(count, -np.inf)
-    np.maximum.at(score, group[alive], census.score[alive])
+    np.maximum.at(score, group[alive], records.score[alive])
     losses: dict[int, Ints] = {}  # block -> rows (group, group that hides it, voxels)
     stale, first_round = list(guests), True
     while stale:
         for block in tqdm(stale, desc="settle", unit="block", disable=not progress):
-            claims, losses[block] = _contest(plan, source, census, guests, group, block, min_score)
+            claims, losses[block] = _contest(plan, source, records, guests, group, block, min_score)
             if first_round:
                 np.add.at(claimed, claims[:, 0], claims[:, 1])
         first_round = False
         rows = np.concatenate(list(losses.values()))
-        total = np.bincount(rows[:, 0], weights=rows[:, 2], minlength=count)
+        total = np.zeros(count, np.int64)
+        np.add.at(total, rows[:, 0], rows[:, 2])
         failing = np.flatnonzero((2 * total > claimed) & (claimed > 0))
         hidden_by: dict[int, set[int]] = {int(g): set() for g in failing}
         for loser, hider, _ in rows[np.isin(rows[:, 0], failing)]:
@@ -180,49 +240,52 @@ def _remove_duplicates(
         claimed[gone] = 0
         stale = [b for b, rows in losses.items() if np.isin(rows[:, :2], gone).any()]
         group[np.isin(group, gone)] = -1
-    return group
+    return group, claimed - total
 
 
 def _contest(
     plan: BlockPlan,
     source: InstanceSource,
-    census: Census,
+    records: Records,
     guests: dict[int, Ints],
     group: Ints,
     block: int,
     min_score: float | None,
 ) -> tuple[Ints, Ints]:
     """One block's rows (group, voxels that its guests cover) and rows (group, group that hides it, voxels)."""
-    own, painted = _paint(plan, source, census, guests, group + 1, block=block, min_score=min_score)
-    hidden = (own > 0) & (own != painted)
-    pairs, counts = np.unique(np.stack([own[hidden], painted[hidden]], axis=1), axis=0, return_counts=True)
-    losses = [np.column_stack([pairs - 1, counts])]
-    claims: list[tuple[int, int]] = []
-    view = _GuestViews(plan, source, census, block, min_score)
-    present = guests[block][group[guests[block]] >= 0]
-    for name in np.unique(group[present]):
-        covered = np.zeros(own.shape, dtype=np.bool_)
-        for guest in present[group[present] == name]:
-            window, mask = view(int(guest))
-            covered[window] |= mask
-        hiders, counts = np.unique(painted[covered], return_counts=True)
-        claims.append((int(name), int(counts.sum())))
-        others = hiders != name + 1
-        losses.append(np.column_stack([np.full(others.sum(), name), hiders[others] - 1, counts[others]]))
-    return np.array(claims, dtype=np.int64).reshape(-1, 2), np.concatenate(losses)
+    claims = _claims(records, guests, group + 1, block)
+    painted = paint_block(plan, source, claims, min_score)
+    names = painted.values - 1
+    hidden = (painted.own > 0) & (painted.own != painted.slots)
+    losers, hiders, counts = count_pairs(painted.own[hidden], painted.slots[hidden])
+    losses = [np.column_stack([names[losers], names[hiders], counts])]
+    covers: list[tuple[int, int]] = []
+    views = _Views(plan, source, plan[block].owned, min_score)
+    for value in sorted({visitor.value for visitor in claims.visitors}):
+        covered = np.zeros(painted.slots.shape, dtype=np.bool_)
+        for visitor in claims.visitors:
+            if visitor.value == value:
+                window, mask = views.of(visitor)
+                covered[window] |= mask
+        hiders, counts = np.unique(painted.slots[covered], return_counts=True)
+        covers.append((value - 1, int(counts.sum())))
+        others = painted.values[hiders] != value
+        losses.append(np.column_stack([np.full(others.sum(), value - 1), names[hiders[others]], counts[others]]))
+    return np.array(covers, dtype=np.int64).reshape(-1, 2), np.concatenate(losses)
 
 
-def _number_objects(census: Census, group: Ints) -> tuple[Ints, NDArray[np.float64], Ints]:
+def _number_objects(records: Records, group: Ints) -> tuple[Ints, NDArray[np.float64], NDArray[np.int32]]:
     """Compact ids (rule 7), and the score and class of each object."""
     object_id = np.zeros(len(group), dtype=np.int64)
     alive = np.flatnonzero(group >= 0)
     roots = np.unique(group[alive])  # a group is named after its lowest member, which lies in its first block
-    z, y, x = census.corner[roots].T
-    ordered = roots[np.lexsort((roots, x, y, z, census.block[roots]))]
+    z, y, x = records.corner[roots].T
+    ordered = roots[np.lexsort((roots, x, y, z, records.block[roots]))]
     rank = np.zeros(len(group), dtype=np.int64)
     rank[ordered] = np.arange(1, len(ordered) + 1)
     object_id[alive] = rank[group[alive]]
-    by_view = alive[np.lexsort((alive, -census.own[alive], object_id[alive]))]
+    del rank, ordered
+    by_view = alive[np.lexsort((alive, -records.own[alive], object_id[alive]))]
     _, leading = np.unique(object_id[by_view], return_index=True)
     leaders = by_view[leading]
-    return object_id, census.score[leaders], census.class_index[leaders]
+    return object_id, records.score[leaders], records.class_index[leaders]

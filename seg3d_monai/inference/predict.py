@@ -12,36 +12,45 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from seg3d_monai.data.intensity import check_finite
-from seg3d_monai.data.volume import ArrayVolume, open_volume
-from seg3d_monai.inference.blocks import BlockPlan, roi_slices
+from seg3d_monai.data.volume import ArrayVolume, StoredVolume, open_volume
+from seg3d_monai.inference.blocks import Block, BlockPlan, roi_shape, roi_slices
+from seg3d_monai.inference.estimate import Estimate, check_memory, estimate_run, peak_memory, read_memory_limit
+from seg3d_monai.inference.foreground import foreground_blocks
 from seg3d_monai.inference.journal import (
     FINISHED,
+    PAINTING,
     PREDICTING,
     PUBLISHING,
+    STITCHING,
     Journal,
     JournalInUseError,
     describe_difference,
 )
-from seg3d_monai.inference.paint import Stitched, stitch_blocks
-from seg3d_monai.inference.table import ObjectCounter, write_table
-from seg3d_monai.inference.workers import Predictor, UnreadableBlockError, predict_blocks
+from seg3d_monai.inference.label_tiff import write_label_tiff
+from seg3d_monai.inference.paint import Stitched
+from seg3d_monai.inference.run import Run
+from seg3d_monai.inference.schedule import Workers, stop_on_sigterm
+from seg3d_monai.inference.table import FORMATS, write_table
+from seg3d_monai.inference.workers import BlockWorker, Predictor, ThreadWorkers
 from seg3d_monai.inference.writer import OME_ZARR_VERSIONS, LabelWriter, is_own_output, partial_path
 
 DEFAULT_BLOCK_SIZE = (64, 256, 256)
 DEFAULT_HALO = (16, 32, 32)
 DTYPES = ("uint32", "uint16")
-TABLES = ("parquet", "csv")
+ZARR_METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 
 _log = logging.getLogger(__name__)
 
@@ -52,26 +61,37 @@ class Prediction:
 
     Attributes:
         output: the OME-Zarr.
-        table: the object table.
+        tables: the object tables.
         journal: the journal.
         num_blocks: blocks of the plan.
-        num_predicted: blocks predicted by this call; the others were in the journal.
+        num_predicted: blocks predicted by this call; the others were in the journal or hold nothing.
         num_objects: objects in OUTPUT, or None after a dry run.
         already_finished: OUTPUT was complete and identical; nothing was done.
+        holes: blocks that could not be read, and why.
+        estimate: what a dry run expects.
     """
 
     output: Path
-    table: Path
+    tables: tuple[Path, ...]
     journal: Path
     num_blocks: int
     num_predicted: int
     num_objects: int | None
-    already_finished: bool
+    already_finished: bool = False
+    holes: tuple[str, ...] = ()
+    estimate: Estimate | None = None
+
+    @property
+    def table(self) -> Path:
+        """The first of the object tables."""
+        return self.tables[0]
 
     def __str__(self) -> str:
-        if self.num_objects is None:
-            return f"dry run: {self.num_blocks} blocks, nothing written"
-        done = f"{self.num_objects} objects in {self.output}, table {self.table}"
+        if self.estimate is not None:
+            return f"dry run, nothing written: {self.estimate}"
+        done = f"{self.num_objects} objects in {self.output}, table {', '.join(map(str, self.tables))}"
+        if self.holes:
+            done += f"; {len(self.holes)} blocks could not be read and are holes"
         if self.already_finished:
             return f"already finished, nothing to do: {done}"
         return f"{done}; {self.num_predicted} of {self.num_blocks} blocks predicted now"
@@ -88,15 +108,26 @@ def predict_volume(
     axes: str | None = None,
     spacing: Sequence[float] | None = None,
     channels: Sequence[int] | int | None = None,
-    time: int = 0,
+    time: int | Sequence[int] | str = 0,
     level: int = 0,
+    roi: Sequence[int] | None = None,
+    foreground: Any = None,
+    skip_empty: bool = False,
+    skip_below: float | Sequence[float] | None = None,
+    batch_size: int = 1,
+    skip_bad: bool = False,
     restart: bool = False,
     dry_run: bool = False,
+    max_memory: str | float | None = None,
+    address: str | None = None,
+    gpus_per_worker: float = 0,
     dtype: str = "uint32",
-    table: str = "parquet",
+    table: str | Sequence[str] = "parquet",
+    label_tiff: bool = False,
     copy_image: bool = False,
     ome_zarr_version: str = "0.5",
     score_threshold: float | None = None,
+    min_volume: int = 0,
     identity: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
     progress: bool = True,
@@ -104,30 +135,45 @@ def predict_volume(
     """Segment a whole stack block by block into an OME-Zarr and an object table.
 
     Beside OUTPUT `X.zarr` it writes `X.instances.parquet` (or .csv) and the journal `X.journal.sqlite`. Called again
-    with the same arguments an unfinished run goes on, and a finished one returns at once.
+    with the same arguments an unfinished run goes on, and a finished one returns at once. SIGTERM ends it after the
+    blocks in hand (`Terminated`, exit code 143).
 
     Args:
         image: path of a stack, a volume, or an array [Z, Y, X] or [C, Z, Y, X].
         predictor: picklable callable (block: float32 Tensor [C, d, h, w] of raw voxels, roi: (z1, y1, x1, z2, y2, x2)
             that was read, volume voxels) -> Instances in the block's frame. If it has `for_volume`,
-            `for_volume(volume)` is called once and its result is used.
+            `for_volume(volume)` is called once a time point and its result is used; if it has
+            `predict_batch(blocks, rois)`, it gets several blocks at once where `batch_size` says so.
         output: where to write, `*.zarr`, in an existing folder.
         block_size: int or (z, y, x) voxels that a block owns.
         halo: int or (z, y, x) voxels that it reads beyond them on every side; about an object's diameter is best,
             at least 1 where there is more than one block.
-        num_workers: processes that predict; more than 1 need a picklable predictor.
+        num_workers: processes that predict; more than 1 are run by Ray and need a picklable predictor.
         axes: axes of the stored array, if its metadata do not say; for paths only, as the next four.
         spacing: (z, y, x) micrometer per voxel; overrides the metadata.
         channels: channels to read.
-        time: time point to read.
+        time: time point to read; several, or "all", make OUTPUT a series, in which every time point is a stack of its
+            own and ids go on counting.
         level: level of a multiscale image.
+        roi: (z1, y1, x1, z2, y2, x2) to predict, volume voxels; OUTPUT keeps the volume's shape and frame.
+        foreground: path, volume or array of a mask on any grid over the same extent: blocks that read nothing of it
+            are not predicted.
+        skip_empty: do not predict blocks that read one grey value only, with which stitched stacks are filled up.
+        skip_below: grey value, or one a channel: blocks that read no voxel above it are not predicted either.
+        batch_size: blocks that the network takes together; part of the plan, since it may change bits.
+        skip_bad: leave a hole where a block cannot be read, and list it in OUTPUT, instead of stopping there.
         restart: forget what was begun or finished under this name and start anew.
-        dry_run: check everything, write nothing.
+        dry_run: check everything, predict one block, say what the run would take, write nothing.
+        max_memory: refuse a run whose peak of memory is expected above this; bytes, or text such as "8GB".
+        address: of a Ray cluster, "auto" or host:port; None starts Ray on this machine if it is needed.
+        gpus_per_worker: GPUs that a Ray worker asks for.
         dtype: "uint32" or "uint16" label ids.
-        table: "parquet" or "csv".
+        table: "parquet", "csv", or both.
+        label_tiff: also write the labels as `X.labels.tif`.
         copy_image: copy the input into OUTPUT.
         ome_zarr_version: "0.5" or "0.4".
         score_threshold: ignore instances with a lower score; None keeps all.
+        min_volume: leave out objects with fewer voxels.
         identity: JSON-able facts that tell predictors apart (a changed one is refused on resuming); default: the result
             of `predictor.identity()` if it has that, else its type.
         provenance: JSON-able facts to keep in OUTPUT.
@@ -139,95 +185,196 @@ def predict_volume(
     Raises:
         FileNotFoundError: if the input or OUTPUT's folder does not exist.
         ValueError: if an argument is out of range, OUTPUT exists and is not this run's, the journal holds another plan,
-            the input holds NaN or cannot be read, or the predictor returns invalid instances. Blocks that were finished
-            stay in the journal.
+            the input holds NaN, cannot be read or changes meanwhile, more memory is needed than `max_memory`, or the
+            predictor returns invalid instances. Blocks that were finished stay in the journal.
         TypeError: if an argument has the wrong type or the predictor does not return Instances.
+        OSError: if the disk is full; the same command goes on.
+        Terminated: after SIGTERM.
     """
     output = Path(output)
     _check_choice("dtype", dtype, DTYPES)
-    _check_choice("table", table, TABLES)
     _check_choice("ome_zarr_version", ome_zarr_version, OME_ZARR_VERSIONS)
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
-        raise ValueError(f"num_workers is {num_workers!r}; pass an integer of at least 1")
+    tables = _table_formats(table)
+    for name, value in (("num_workers", num_workers), ("batch_size", batch_size), ("min_volume", min_volume)):
+        least = 0 if name == "min_volume" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; pass an integer of at least {least}")
+    limit = read_memory_limit(max_memory)
     _check_output(output)
-    volume = _open(image, axes=axes, spacing=spacing, channels=channels, time=time, level=level)
+    volumes, times = _open_times(image, time, axes=axes, spacing=spacing, channels=channels, level=level)
+    volume = volumes[0]
     _check_not_input(output, volume)
-    plan = BlockPlan.make(shape=volume.shape[1:], block_size=block_size, halo=halo)
-    table_path = output.with_suffix(f".instances.{table}")
-    journal_path = output.with_suffix(".journal.sqlite")
-    facts = {
-        "shape": list(volume.shape),
-        "spacing_um": None if volume.spacing_um is None else [float(s) for s in volume.spacing_um],
-        "block_size": list(plan.block_size),
-        "halo": list(plan.halo),
-        "score_threshold": score_threshold,
-        "predictor": _identity_of(predictor) if identity is None else identity,
-        "output": {
-            "dtype": dtype,
-            "table": table,
-            "copy_image": copy_image,
-            "ome_zarr_version": ome_zarr_version,
-            "provenance": provenance or {},
-        },
-    }
-    facts = _as_json(facts)
-    input_identity = _as_json(volume.identity())
+    plan = BlockPlan.make(shape=volume.shape[1:], block_size=block_size, halo=halo, roi=roi, times=len(volumes))
+    paths = _Paths.of(output, tables, label_tiff)
+    facts = _as_json(
+        {
+            "shape": list(volume.shape),
+            "dtype": volume.dtype.name,
+            "spacing_um": None if volume.spacing_um is None else [float(s) for s in volume.spacing_um],
+            "block_size": list(plan.block_size),
+            "halo": list(plan.halo),
+            "roi": None if roi is None else list(plan.region),
+            "times": times,
+            "batch_size": batch_size,
+            "foreground": None if foreground is None else _input_identity(_mask(foreground)),
+            "skip_empty": skip_empty,
+            "skip_below": skip_below,
+            "skip_bad": skip_bad,
+            "score_threshold": score_threshold,
+            "min_volume": min_volume,
+            "predictor": _identity_of(predictor) if identity is None else identity,
+            "output": {
+                "dtype": dtype,
+                "table": list(tables),
+                "label_tiff": label_tiff,
+                "copy_image": copy_image,
+                "ome_zarr_version": ome_zarr_version,
+                "provenance": provenance or {},
+            },
+        }
+    )
+    input_identity = _identity_of_all(volumes)
 
-    stored = _look_at_journal(journal_path, output, table_path, restart)
-    if stored is not None:
-        accepted = _check_same_plan(stored, facts, input_identity, output)
-        if stored["state"] in (PUBLISHING, FINISHED) and output.exists() and table_path.exists():
-            if not dry_run and stored["state"] == PUBLISHING:
-                with Journal(journal_path) as journal:
-                    journal.set_fact("state", FINISHED)
-            _log.info("%s is finished; nothing to do", output)
-            return Prediction(output, table_path, journal_path, len(plan), 0, stored["num_objects"], True)
-        if stored["state"] == PREDICTING and output.exists():
-            raise ValueError(f"{output} exists but the run in {journal_path} did not write it; pass --restart")
-    if stored is None:
-        check_finite(volume)
+    stored = _look_at_journal(paths, restart)
+    is_repaired = stored is not None and _is_repaired(stored, facts, input_identity, output)
     if volume.spacing_um is None:
         warnings.warn(
             "the voxel spacing is unknown: sizes in micrometer are null; pass spacing (z, y, x) to set it", stacklevel=2
         )
+    if stored is not None and not is_repaired and stored["state"] == FINISHED and paths.are_complete():
+        _log.info("%s is finished; nothing to do", output)
+        return Prediction(
+            output,
+            paths.tables,
+            paths.journal,
+            len(plan),
+            0,
+            stored["num_objects"],
+            already_finished=True,
+            holes=stored["holes"],
+        )
     if dry_run:
-        return Prediction(output, table_path, journal_path, len(plan), 0, None, False)
+        num_empty = len(_empty_blocks(plan, volumes, foreground, skip_empty, skip_below, progress))
+        estimate = estimate_run(plan, volumes, _bound(predictor, volumes), score_threshold, num_workers, num_empty)
+        check_memory(estimate.memory, limit)
+        return Prediction(output, paths.tables, paths.journal, len(plan), 0, None, estimate=estimate)
     if restart:
-        _remove(journal_path, output, table_path)
-    with Journal(journal_path) as journal:
+        paths.remove()
+    with Journal(paths.journal) as journal, stop_on_sigterm() as is_stopping:
         if stored is None:
             journal.begin({"plan": facts, "input": input_identity, "state": PREDICTING})
-        elif not accepted:
+            journal.mark_empty(_empty_blocks(plan, volumes, foreground, skip_empty, skip_below, progress))
+        elif is_repaired:
             _log.warning("the input was repaired since a block could not be read; going on with the other blocks")
-            journal.set_fact("input", input_identity)
-        num_predicted = _predict_missing(plan, volume, predictor, journal, num_workers=num_workers, progress=progress)
-        stitched = stitch_blocks(plan, journal, min_score=score_threshold, progress=progress)
-        _check_room_for_ids(stitched, dtype)
-        writer = LabelWriter(
-            output,
-            plan,
-            dtype=dtype,
-            spacing_um=volume.spacing_um,
-            version=ome_zarr_version,
-            provenance=provenance or {},
+            journal.forget({"input": input_identity, "state": PREDICTING}, "painted", "tiles")
+        is_predicted = journal.fact("state") != PREDICTING or len(journal.finished()) == len(plan)
+        predictors = [_not_needed] * len(volumes) if is_predicted else _bound(predictor, volumes)
+        make_worker = partial(BlockWorker, plan, volumes, predictors, score_threshold)
+        with closing(_workers(make_worker, num_workers, address, gpus_per_worker)) as workers:
+            run = Run(
+                plan=plan,
+                journal=journal,
+                workers=workers,
+                min_score=score_threshold,
+                min_volume=min_volume,
+                batch_size=batch_size,
+                skip_bad=skip_bad,
+                progress=progress,
+                is_stopping=is_stopping,
+            )
+            num_predicted = 0
+            if journal.fact("state") == PREDICTING:
+                state_memory = partial(_state_memory, plan, volume, limit)
+                num_predicted = run.predict(state_memory)
+                difference = describe_difference(input_identity, _identity_of_all(volumes), "input.")
+                if difference is not None:
+                    raise ValueError(f"the input changed while it was predicted ({difference}); pass --restart")
+                journal.set_fact("state", STITCHING)
+            num_objects = _publish(run, paths, facts)
+            holes = tuple(journal.unreadable().values())
+    return Prediction(
+        output,
+        paths.tables,
+        paths.journal,
+        len(plan),
+        num_predicted,
+        num_objects,
+        holes=holes,
+    )
+
+
+def relabel_volume(
+    output: str | Path,
+    *,
+    score_threshold: float | None = None,
+    min_volume: int | None = None,
+    num_workers: int = 1,
+    progress: bool = True,
+) -> Prediction:
+    """Paint a finished OUTPUT again from its journal, with other thresholds and without predicting.
+
+    The old OUTPUT stays until the new one is complete. A run that is killed goes on with the same call; the result is
+    that of `predict_volume` with these thresholds.
+
+    Args:
+        output: the OME-Zarr that `predict_volume` wrote.
+        score_threshold: ignore instances with a lower score; None keeps the threshold as it is.
+        min_volume: leave out objects with fewer voxels; None keeps it as it is.
+        num_workers: processes that paint.
+        progress: show progress bars.
+
+    Raises:
+        FileNotFoundError: if the journal does not exist.
+        ValueError: if prediction is not finished, or instances below the threshold were never kept.
+    """
+    paths = _Paths.of(Path(output), (), False)
+    if not paths.journal.exists():
+        raise FileNotFoundError(f"{paths.journal}: the journal of {output} is gone; predict again")
+    with Journal(paths.journal) as journal, stop_on_sigterm() as is_stopping:
+        facts = journal.fact("plan")
+        if facts is None or journal.fact("state") == PREDICTING:
+            raise ValueError(f"{output} is not predicted yet; run `seg3d predict` to the end first")
+        new = dict(facts)
+        if score_threshold is not None:
+            kept = facts["predictor"].get("score_threshold")
+            if kept is not None and score_threshold < kept:
+                raise ValueError(
+                    f"score_threshold is {score_threshold}, but instances below {kept} were not kept when {output} was "
+                    f"predicted; give at least {kept}, or predict again with a lower one"
+                )
+            new["score_threshold"] = score_threshold
+        if min_volume is not None:
+            new["min_volume"] = min_volume
+        paths = _Paths.of(Path(output), facts["output"]["table"], facts["output"]["label_tiff"])
+        if new != facts:
+            lost = ["census", "links"] if new["score_threshold"] != facts["score_threshold"] else []
+            journal.forget({"plan": new, "state": STITCHING}, *lost, "painted", "tiles")
+        times = facts["times"] or [0]
+        volumes: list[Any] = [None] * len(times)
+        if facts["output"]["copy_image"]:
+            volumes = [open_volume(paths.output, time=place) for place in range(len(times))]
+        plan = BlockPlan.make(
+            shape=facts["shape"][1:],
+            block_size=facts["block_size"],
+            halo=facts["halo"],
+            roi=facts["roi"],
+            times=len(times),
         )
-        counter = ObjectCounter(stitched.num_objects)
-        for block in tqdm(plan, total=len(plan), desc="paint", unit="block", disable=not progress):
-            labels = stitched.paint(block.index)
-            counter.add(labels, block.owned)
-            writer.write(block.owned, labels)
-        if copy_image:
-            writer.copy_image(volume, progress=progress)
-        writer.finish(progress=progress)
-        rows = counter.table(
-            scores=stitched.scores, classes=stitched.classes, shape=plan.shape, spacing_um=volume.spacing_um
-        )
-        journal.set_fact("num_objects", stitched.num_objects)
-        journal.set_fact("state", PUBLISHING)  # from here on an OUTPUT is this run's
-        write_table(rows, table_path)
-        writer.publish()
-        journal.set_fact("state", FINISHED)
-    return Prediction(output, table_path, journal_path, len(plan), num_predicted, stitched.num_objects, False)
+        make_worker = partial(BlockWorker, plan, volumes, [_not_needed] * len(times), new["score_threshold"])
+        with closing(_workers(make_worker, num_workers, None, 0)) as workers:
+            run = Run(
+                plan=plan,
+                journal=journal,
+                workers=workers,
+                min_score=new["score_threshold"],
+                min_volume=new["min_volume"],
+                progress=progress,
+                is_stopping=is_stopping,
+            )
+            run.link()
+            num_objects = _publish(run, paths, new)
+            holes = tuple(journal.unreadable().values())
+    return Prediction(paths.output, paths.tables, paths.journal, len(plan), 0, num_objects, holes=holes)
 
 
 def predict_labels(
@@ -236,6 +383,9 @@ def predict_labels(
     block_size: int | Sequence[int] | None = None,
     halo: int | Sequence[int] | None = None,
     progress: bool = False,
+    *,
+    roi: Sequence[int] | None = None,
+    offset: int | Sequence[int] = 0,
 ) -> tuple[NDArray[np.uint32], pd.DataFrame]:
     """Segment a volume in memory; the same blocks and stitching as `predict_volume`.
 
@@ -245,9 +395,11 @@ def predict_labels(
         block_size: int or (z, y, x) voxels; None predicts the volume in one block.
         halo: int or (z, y, x) voxels; None is `DEFAULT_HALO`.
         progress: show progress bars.
+        roi: (z1, y1, x1, z2, y2, x2) to predict, volume voxels; None for all.
+        offset: int or (z, y, x) voxels by which the grid of blocks is moved.
 
     Returns:
-        (labels [Z, Y, X] uint32, object table).
+        (labels uint32 [Z, Y, X] of the volume, or of the ROI; object table, in voxels of the volume).
 
     Raises:
         ValueError: if an argument is out of range, the volume holds NaN, or the predictor returns invalid instances.
@@ -258,43 +410,172 @@ def predict_labels(
         shape=shape,
         block_size=shape if block_size is None else block_size,
         halo=DEFAULT_HALO if halo is None else halo,
+        roi=roi,
+        offset=offset,
     )
-    check_finite(volume)
-    with Journal(":memory:") as journal:
-        _predict_missing(plan, volume, predictor, journal, num_workers=1, progress=progress)
-        stitched = stitch_blocks(plan, journal, progress=progress)
-        labels = np.zeros(plan.shape, dtype=np.uint32)
-        counter = ObjectCounter(stitched.num_objects)
-        for block in plan:
-            painted = stitched.paint(block.index)
-            counter.add(painted, block.owned)
-            labels[roi_slices(block.owned)] = painted
-    table = counter.table(
-        scores=stitched.scores, classes=stitched.classes, shape=plan.shape, spacing_um=volume.spacing_um
-    )
-    return labels, table
+    worker = BlockWorker(plan, [volume], _bound(predictor, [volume]))
+    with Journal(":memory:") as journal, closing(ThreadWorkers(worker)) as workers:
+        run = Run(plan=plan, journal=journal, workers=workers, progress=progress)
+        run.predict()
+        stitched = run.stitch()
+        labels = _LabelArray(plan)
+        run.paint(stitched, labels)
+        (table,) = run.tables(stitched, spacing_um=volume.spacing_um)
+    return labels.array, table
 
 
-def _predict_missing(
-    plan: BlockPlan, volume: Any, predictor: Any, journal: Journal, *, num_workers: int, progress: bool
-) -> int:
-    done = journal.blocks_in_state("done")
-    missing = [block for block in plan if block.index not in done]
-    if not missing:
-        return 0
+class _LabelArray:
+    """A target of `Run.paint` in memory."""
+
+    def __init__(self, plan: BlockPlan) -> None:
+        self._origin = plan.region[:3]
+        self.array = np.zeros(roi_shape(plan.region), dtype=np.uint32)
+
+    def write(self, block: Block, labels: NDArray[np.integer]) -> None:
+        self.array[roi_slices(block.owned, self._origin)] = labels
+
+
+def _publish(run: Run, paths: _Paths, facts: dict[str, Any]) -> int:
+    """From stitching to the finished OUTPUT; the number of objects."""
+    journal, output = run.journal, facts["output"]
+    stitched = run.stitch()
+    _check_room_for_ids(stitched, output["dtype"])
+    holes = [{"owned": list(run.plan[b].owned), "time": run.plan[b].time} for b in journal.unreadable()]
+    writer = LabelWriter(
+        paths.output,
+        run.plan,
+        dtype=output["dtype"],
+        spacing_um=facts["spacing_um"],
+        version=output["ome_zarr_version"],
+        facts={"provenance": output["provenance"]} | ({"holes": holes} if holes else {}),
+        is_series=facts["times"] is not None,
+        image=(facts["shape"][0], facts["dtype"]) if output["copy_image"] else None,
+    )
+    is_published = journal.fact("state") in (PUBLISHING, FINISHED) and paths.output.exists()
+    if writer.partial.exists() or not is_published:
+        if journal.fact("state") == STITCHING or not writer.partial.exists():
+            journal.forget(
+                {"state": STITCHING}, "painted", "tiles"
+            )  # a kill while it is made must not look like one after
+            writer.create()
+            journal.set_fact("state", PAINTING)
+        run.paint(stitched, writer)
+        if output["copy_image"]:
+            run.copy_image(writer)
+        run.build_levels(writer)
+    if paths.label_tiff is not None:
+        write_label_tiff(writer.path, paths.label_tiff, spacing_um=facts["spacing_um"], progress=run.progress)
+    for path in paths.tables:
+        write_table(run.tables(stitched, spacing_um=facts["spacing_um"], times=facts["times"]), path)
+    journal.set_fact("num_objects", stitched.num_objects)
+    journal.set_fact("state", PUBLISHING)
+    if writer.partial.exists():
+        writer.publish()
+    journal.begin({"state": FINISHED, "is_published": True})
+    return stitched.num_objects
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """What a run writes."""
+
+    output: Path
+    partial: Path
+    journal: Path
+    tables: tuple[Path, ...]
+    label_tiff: Path | None
+
+    @classmethod
+    def of(cls, output: Path, tables: Sequence[str], label_tiff: bool) -> _Paths:
+        return cls(
+            output=output,
+            partial=partial_path(output),
+            journal=output.with_suffix(".journal.sqlite"),
+            tables=tuple(output.with_suffix(f".instances.{table}") for table in tables),
+            label_tiff=output.with_suffix(".labels.tif") if label_tiff else None,
+        )
+
+    def results(self) -> list[Path]:
+        return [self.output, *self.tables, *([] if self.label_tiff is None else [self.label_tiff])]
+
+    def are_complete(self) -> bool:
+        return all(path.exists() for path in self.results()) and not self.partial.exists()
+
+    def remove(self) -> None:
+        self.journal.unlink(missing_ok=True)
+        self.journal.with_name(self.journal.name + "-journal").unlink(missing_ok=True)
+        for path in (*self.results(), self.partial):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _not_needed(block: torch.Tensor, roi: Sequence[int]) -> Any:
+    """Stands for the predictor where all blocks are predicted."""
+    raise AssertionError("a block is predicted again")
+
+
+def _bound(predictor: Any, volumes: Sequence[Any]) -> list[Predictor]:
+    """The predictor of each time point."""
     if hasattr(predictor, "for_volume"):
-        predictor = predictor.for_volume(volume)
-    with tqdm(total=len(plan), initial=len(done), desc="predict", unit="block", disable=not progress) as bar:
-        try:
-            for index, rows in predict_blocks(
-                missing, volume, predictor, num_workers=num_workers, on_start=journal.start_block
-            ):
-                journal.finish_block(index, rows)
-                bar.update()
-        except UnreadableBlockError as error:
-            journal.mark_unreadable(error.block)
-            raise
-    return len(missing)
+        return [predictor.for_volume(volume) for volume in volumes]
+    return [predictor] * len(volumes)
+
+
+def _workers(make_worker: Callable[[], BlockWorker], num_workers: int, address: str | None, gpus: float) -> Workers:
+    if num_workers == 1 and address is None:
+        return ThreadWorkers(make_worker())
+    from seg3d_monai.inference.ray_workers import RayWorkers
+
+    return RayWorkers(
+        make_worker,
+        num_workers=num_workers,
+        address=address,
+        num_threads=torch.get_num_threads(),
+        gpus_per_worker=gpus,
+    )
+
+
+def _state_memory(plan: BlockPlan, volume: Any, limit: int | None, peak_of_a_block: int, num_instances: int) -> None:
+    """Say after the first block what the run will take."""
+    expected = peak_memory(plan, volume, peak_of_a_block, num_instances * len(plan))
+    check_memory(expected, limit)
+    _log.info("peak of memory: about %.1f GB a process", expected / 1e9)
+
+
+def _empty_blocks(
+    plan: BlockPlan, volumes: Sequence[Any], foreground: Any, skip_empty: bool, skip_below: Any, progress: bool
+) -> list[int]:
+    """Blocks that need no prediction."""
+    if foreground is None and not skip_empty and skip_below is None:
+        return []
+    mask = None if foreground is None else _mask(foreground)
+    below = -np.inf if skip_below is None and not skip_empty else skip_below
+    of_time = replace(plan, times=1)
+    parts = [foreground_blocks(of_time, volume, mask=mask, skip_below=below, progress=progress) for volume in volumes]
+    return [int(index) for index in np.flatnonzero(~np.concatenate(parts))]
+
+
+def _mask(foreground: Any) -> Any:
+    if isinstance(foreground, np.ndarray):
+        return ArrayVolume(foreground)
+    return open_volume(foreground) if isinstance(foreground, (str, os.PathLike)) else foreground
+
+
+def _open_times(image: Any, time: int | Sequence[int] | str, **options: Any) -> tuple[list[Any], list[int] | None]:
+    """A volume for each time point, and their numbers if the output is to be a series."""
+    if isinstance(time, int):
+        return [_open(image, time=time, **options)], None
+    if not isinstance(image, (str, os.PathLike)):
+        raise ValueError(f"time is {time!r}, which describes a file; open the volumes yourself")
+    if isinstance(time, str):
+        if time != "all":
+            raise ValueError(f"time is {time!r}; pass a number, a list of numbers or 'all'")
+        time = range(StoredVolume(Path(image), time=0, **options).num_times)
+    if not len(time):
+        raise ValueError("time is empty; name at least one time point")
+    return [_open(image, time=t, **options) for t in time], [int(t) for t in time]
 
 
 def _open(image: Any, **options: Any) -> Any:
@@ -310,52 +591,75 @@ def _open(image: Any, **options: Any) -> Any:
     return image
 
 
-def _look_at_journal(path: Path, output: Path, table: Path, restart: bool) -> dict[str, Any] | None:
+def _input_identity(volume: Any) -> dict[str, Any]:
+    """What tells that the input is still the same: its own identity, and when its files were written."""
+    path = getattr(volume, "path", None)
+    return dict(volume.identity()) | {"modified": None if path is None else _modified(Path(path))}
+
+
+def _identity_of_all(volumes: Sequence[Any]) -> dict[str, Any]:
+    identities = [_input_identity(volume) for volume in volumes]
+    return _as_json(identities[0] if len(volumes) == 1 else {f"volume {i}": v for i, v in enumerate(identities)})
+
+
+def _modified(path: Path) -> str:
+    """When a file, or the metadata and folders at the top of a Zarr, were last written; ISO 8601, UTC."""
+    files = [path]
+    if path.is_dir():
+        files += [entry for entry in path.iterdir() if entry.is_dir() or entry.name in ZARR_METADATA]
+        files += [entry for folder in files[1:] if folder.is_dir() for entry in folder.iterdir() if entry.is_dir()]
+    latest = max(file.stat().st_mtime_ns for file in files)
+    second = datetime.fromtimestamp(latest // 10**9, tz=UTC)
+    return f"{second:%Y-%m-%dT%H:%M:%S}.{latest % 10**9:09d}Z"
+
+
+def _look_at_journal(paths: _Paths, restart: bool) -> dict[str, Any] | None:
     """What the journal says, or None if a new run may begin."""
     if restart:
-        if path.exists():
+        if paths.journal.exists():
             try:
-                Journal(path).close()
+                Journal(paths.journal).close()
             except JournalInUseError:
                 raise
             except ValueError:
-                _log.warning("%s is not a usable journal and will be replaced", path)
-        if output.exists() and not is_own_output(output):
-            raise ValueError(f"{output} exists and was not written by seg3d predict; choose another OUTPUT")
+                _log.warning("%s is not a usable journal and will be replaced", paths.journal)
+        if paths.output.exists() and not is_own_output(paths.output):
+            raise ValueError(f"{paths.output} exists and was not written by seg3d predict; choose another OUTPUT")
         return None
-    if path.exists():
-        with Journal(path) as journal:
+    if paths.journal.exists():
+        with Journal(paths.journal) as journal:
             if journal.fact("plan") is not None:
-                stored = {name: journal.fact(name) for name in ("plan", "input", "state", "num_objects")}
-                return stored | {"unreadable": bool(journal.blocks_in_state("unreadable"))}
-    for found in (output, table):
+                names = ("plan", "input", "state", "num_objects", "is_published")
+                stored = {name: journal.fact(name) for name in names}
+                if paths.output.exists() and stored["state"] == PREDICTING and not stored["is_published"]:
+                    raise ValueError(
+                        f"{paths.output} exists but the run in {paths.journal} did not write it; pass --restart"
+                    )
+                return stored | {"holes": tuple(journal.unreadable().values())}
+    for found in paths.results():
         if found.exists():
             raise ValueError(f"{found} exists without the journal of its run; choose another OUTPUT or pass --restart")
     return None
 
 
-def _check_same_plan(
-    stored: dict[str, Any], facts: dict[str, Any], input_identity: dict[str, Any], output: Path
-) -> bool:
-    """Whether the input is the one that the journal knows; False if it was repaired after a failed reading."""
+def _is_repaired(stored: dict[str, Any], facts: dict[str, Any], input_identity: dict[str, Any], output: Path) -> bool:
+    """Whether the input was repaired after a failed reading; refuses every other difference."""
     begun = "finished" if stored["state"] == FINISHED else "begun"
     difference = describe_difference(stored["plan"], facts)
     if difference is None:
         difference = describe_difference(stored["input"], input_identity, "input.")
         if difference is None:
-            return True
-        if stored["unreadable"]:
             return False
+        if stored["holes"]:
+            return True
     raise ValueError(f"{output} was {begun} with another plan ({difference}); pass --restart to start anew")
 
 
-def _remove(journal: Path, output: Path, table: Path) -> None:
-    journal.unlink(missing_ok=True)
-    journal.with_name(journal.name + "-journal").unlink(missing_ok=True)
-    for folder in (output, partial_path(output)):
-        if folder.exists():
-            shutil.rmtree(folder)
-    table.unlink(missing_ok=True)
+def _table_formats(table: str | Sequence[str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in table.split(",")) if isinstance(table, str) else tuple(table)
+    for name in names or ("",):
+        _check_choice("table", name, FORMATS)
+    return tuple(dict.fromkeys(names))
 
 
 def _check_output(output: Path) -> None:

@@ -1,28 +1,43 @@
-"""A trained detector as a predictor of raw blocks: normalise, detect, paste masks. Must not import models."""
+"""A trained detector as a predictor of raw blocks: normalise, detect, merge mirrored views, paste masks.
+
+Must not import models.
+"""
 
 import copy
 import hashlib
+import math
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from seg3d_monai.data.intensity import Intensity, measure_intensity
 from seg3d_monai.data.volume import Volume
-from seg3d_monai.inference.crowding import detect
+from seg3d_monai.inference.blocks import Roi, intersection, roi_slices
+from seg3d_monai.inference.crowding import Found, detect_batch
 from seg3d_monai.inference.instances import Instances
-from seg3d_monai.inference.mask_paste import paste_mask
+from seg3d_monai.inference.mask_paste import logits_array, paste_mask, resample_logits
 from seg3d_monai.inference.precision import autocast_dtype
+
+AXES = ("z", "y", "x")
+SAME_OBJECT_IOU = 0.3
+"""Mask IoU from which detections of two views are one object: masks of neighbours share far less, those of a cell of a
+few voxels no more where two views differ by a voxel."""
+
+_PlacedMask = tuple[Roi, NDArray[np.bool_]]
 
 
 class InstancePredictor:
     """Callable (block, roi) -> Instances around a network.
 
     Args:
-        network: in evaluation mode images [1, C, D, H, W] -> [{"boxes", "scores", "classes", "mask_logits"}]; mask
-            logits are one grid over each box. A block that holds nearly as many instances as its attribute `capacity`,
-            if it has one, is looked at in parts (crowding.py).
+        network: in evaluation mode images [N, C, D, H, W] -> N times {"boxes", "scores", "classes", "mask_logits"};
+            boxes lie within the image, mask logits are one grid over each box. A block that holds nearly as many
+            instances as its attribute `capacity`, if it has one, is looked at in parts (crowding.py).
         percentiles: of each channel of the whole volume, which are mapped to 0 and 1.
         score_threshold: least score of an instance.
         mask_threshold: probability at which a voxel belongs to an instance.
@@ -32,9 +47,12 @@ class InstancePredictor:
         device: where the network runs.
         amp: "auto", "off", "bf16" or "fp16"; see `autocast_dtype`.
         intensity: the volume's intensity range; `for_volume` measures it.
+        flips: axes along which a block is also predicted mirrored, in every combination: "xy" or ["x", "y"] gives four
+            views (none, y, x, y and x), "zyx" eight, at as many times the cost. See `merge_views`. Worth it only for
+            axes along which the network was trained with flips.
 
     Raises:
-        ValueError: unknown `amp`, or a threshold out of its range.
+        ValueError: unknown `amp` or `flips`, or a threshold out of its range.
     """
 
     def __init__(
@@ -49,6 +67,7 @@ class InstancePredictor:
         device: str | torch.device = "cpu",
         amp: str = "off",
         intensity: Intensity | None = None,
+        flips: Sequence[str] | str = (),
     ) -> None:
         if not 0 < mask_threshold < 1:
             raise ValueError(f"mask_threshold is {mask_threshold}; give a probability between 0 and 1")
@@ -58,6 +77,8 @@ class InstancePredictor:
             raise ValueError(f"min_voxels is {min_voxels}; give 0 or more")
         if not 0 <= min_visible <= 1:
             raise ValueError(f"min_visible is {min_visible}; give a share in 0 to 1")
+        if len(set(flips)) < len(flips) or not set(flips) <= set(AXES):
+            raise ValueError(f"flips is {flips!r}; name some of the axes z, y and x, each once")
         self.network = network
         self.percentiles = (percentiles[0], percentiles[1])
         self.score_threshold = score_threshold
@@ -67,6 +88,7 @@ class InstancePredictor:
         self.device = torch.device(device)
         self.amp = autocast_dtype(amp, device)
         self.intensity = intensity
+        self.flips = tuple(axis for axis in AXES if axis in flips)
 
     def for_volume(self, volume: Volume) -> "InstancePredictor":
         """The same predictor bound to the intensity range of one volume, measured once for all of its blocks."""
@@ -89,42 +111,93 @@ class InstancePredictor:
             "min_voxels": self.min_voxels,
             "min_visible": self.min_visible,
             "amp": str(self.amp),
+            "flips": list(self.flips),
         }
 
+    def __call__(self, block: Tensor, roi: Sequence[int]) -> Instances:
+        """Instances of one block: `predict_batch` for a batch of one."""
+        return self.predict_batch([block], [roi])[0]
+
     @torch.inference_mode()
-    def __call__(self, block: Tensor, roi: tuple[int, ...]) -> Instances:
-        """Instances of one block.
+    def predict_batch(self, blocks: Sequence[Tensor], rois: Sequence[Sequence[int]]) -> list[Instances]:
+        """Instances of several blocks; those of one shape go through the network together.
+
+        The composition of a batch changes float bits, so results equal those one by one up to rounding.
 
         Args:
-            block: float32 [C, d, h, w], raw voxels.
-            roi: (z1, y1, x1, z2, y2, x2) of the block in the volume; not used.
+            blocks: each float32 [C, d, h, w], raw voxels; as many of one shape as the device's memory holds.
+            rois: (z1, y1, x1, z2, y2, x2) of each block in the volume; named in errors.
+
+        Returns:
+            Instances of each block, in the blocks' order.
 
         Raises:
-            ValueError: not bound to a volume.
+            ValueError: not bound to a volume, as many blocks as rois are not given, a voxel is NaN, or the network's
+                boxes are not finite.
         """
+        if len(blocks) != len(rois):
+            raise ValueError(f"{len(blocks)} blocks and {len(rois)} rois; give one roi for each block")
+        groups: dict[torch.Size, list[int]] = {}
+        for number, block in enumerate(blocks):
+            groups.setdefault(block.shape, []).append(number)
+        instances: dict[int, Instances] = {}
+        for shape, numbers in groups.items():
+            images = [self._normalised(blocks[n], rois[n]) for n in numbers]
+            batch = torch.stack(images) if len(images) > 1 else images[0][None]
+            for number, found in zip(numbers, self._detect(batch), strict=True):
+                instances[number] = self._instances(found, shape[1:])
+        return [instances[n] for n in range(len(blocks))]
+
+    def _normalised(self, block: Tensor, roi: Sequence[int]) -> Tensor:
         if self.intensity is None:
             raise ValueError("the predictor knows no intensity range; call for_volume(volume) first")
-        image = torch.from_numpy(self.intensity.normalise(np.asarray(block))).to(self.device)
+        values = self.intensity.normalise(np.asarray(block))
+        if math.isnan(values.sum()):  # one NaN spreads through the whole block, and nothing would be found in it
+            raise ValueError(f"block with roi {list(roi)} holds NaN; replace NaN voxels before use")
+        return torch.from_numpy(values)
+
+    def _detect(self, images: Tensor) -> list[Found]:
+        """What the network finds in each image, all views merged."""
+        images = images.to(self.device)
         was_training = self.network.training
         network = self.network.to(self.device).eval()
+        views = []
         try:
             with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-                capacity = getattr(network, "capacity", None)
-                found: Any = detect(network, image, capacity=capacity, score_threshold=self.score_threshold)
+                for axes in _flip_combinations(self.flips):
+                    results = detect_batch(
+                        network,
+                        images.flip([axis + 2 for axis in axes]) if axes else images,
+                        capacity=getattr(network, "capacity", None),
+                        score_threshold=self.score_threshold,
+                    )
+                    views.append([_mirrored(found, axes, images.shape[2:]) for found in results])
         finally:
             network.train(was_training)
+        return [
+            merge_views(of_image, score_threshold=self.score_threshold, mask_threshold=self.mask_threshold)
+            for of_image in zip(*views, strict=True)
+        ]
+
+    def _instances(self, found: Found, size: Sequence[int]) -> Instances:
+        """The detections that count, by descending score, as voxel masks."""
         boxes, masks, kept = found["boxes"].float(), [], []
-        claimed = np.zeros(image.shape[1:], dtype=bool)
+        scores = found["scores"].tolist()
+        claimed = np.zeros(tuple(size), dtype=bool)
         for i in found["scores"].argsort(descending=True, stable=True).tolist():
-            if found["scores"][i] < self.score_threshold:
+            if scores[i] < self.score_threshold:
                 break
-            mask = paste_mask(found["mask_logits"][i], boxes[i], self.mask_threshold).numpy()
-            window = claimed[tuple(slice(low, low + n) for low, n in zip(_corner(boxes[i]), mask.shape, strict=True))]
+            roi, mask = _pasted(found["mask_logits"][i], boxes[i], self.mask_threshold)
             voxels = np.count_nonzero(mask)
-            if voxels >= self.min_voxels and np.count_nonzero(mask & ~window) >= self.min_visible * voxels:
+            if voxels < self.min_voxels:
+                continue
+            if self.min_visible > 0:
+                window = claimed[roi_slices(roi)]
+                if np.count_nonzero(mask & ~window) < self.min_visible * voxels:
+                    continue
                 window |= mask
-                masks.append(mask)
-                kept.append(i)
+            masks.append(mask)
+            kept.append(i)
         return Instances(
             boxes=boxes[kept].numpy(),
             scores=found["scores"][kept].numpy(),
@@ -133,6 +206,109 @@ class InstancePredictor:
         )
 
 
-def _corner(box: Tensor) -> list[int]:
-    """Lower corner of a box's voxels."""
-    return [int(v) for v in box[:3].floor().tolist()]
+def merge_views(views: Sequence[Found], *, score_threshold: float, mask_threshold: float) -> Found:
+    """One set of detections from several views of one image, as in weighted boxes fusion (Solovyev et al. 2021).
+
+    By descending score, a detection joins the object of its class whose mask it shares most, if the IoU with the
+    object's first detection reaches `SAME_OBJECT_IOU` and no detection of its own view is there; else it begins an
+    object. Box and mask logits of an object are the means over its detections, weighted by score. Its score is the mean
+    over all views, and a view that missed it counts as 0. Views that agree give what each of them gives.
+
+    Args:
+        views: each {"boxes" [M, 6], "scores" [M], "classes" [M], "mask_logits": M grids}, in one frame.
+        score_threshold: objects that cannot reach this score are left out.
+        mask_threshold: probability at which a voxel belongs to a mask.
+
+    Returns:
+        The same keys. One view is returned as it is.
+    """
+    if len(views) == 1:
+        return views[0]
+    every: Found = {
+        "boxes": torch.cat([found["boxes"].double() for found in views]),
+        "scores": torch.cat([found["scores"].double() for found in views]),
+        "classes": torch.cat([found["classes"] for found in views]),
+        "mask_logits": [grid for found in views for grid in found["mask_logits"]],
+    }
+    view_of = [view for view, found in enumerate(views) for _ in found["mask_logits"]]
+    objects = _objects(every, view_of, score_threshold, mask_threshold)
+    boxes, grids = [], []
+    for members in objects:
+        weight = every["scores"][members].clamp(min=torch.finfo(torch.float64).tiny)
+        weight = weight / weight.sum()
+        boxes.append(weight @ every["boxes"][members])
+        corners, shape = boxes[-1].tolist(), every["mask_logits"][members[0]].shape
+        grid = np.zeros(shape)
+        for i, w in zip(members, weight.tolist(), strict=True):
+            logits = logits_array(every["mask_logits"][i])
+            grid += w * resample_logits(logits, every["boxes"][i].tolist(), corners, shape)
+        grids.append(torch.from_numpy(grid))
+    return {
+        "boxes": torch.stack(boxes) if boxes else every["boxes"][:0],
+        "scores": torch.tensor([float(every["scores"][members].sum()) / len(views) for members in objects]),
+        "classes": every["classes"][[members[0] for members in objects]],
+        "mask_logits": grids,
+    }
+
+
+def _objects(found: Found, view_of: Sequence[int], score_threshold: float, mask_threshold: float) -> list[list[int]]:
+    """Rows of the detections of each object, by descending score, at most one of each view."""
+    corners, classes, scores = found["boxes"].numpy(), found["classes"].numpy(), found["scores"].tolist()
+    objects: list[list[int]] = []
+    masks: list[_PlacedMask] = []
+    first = np.zeros(len(scores), dtype=np.int64)  # each object's first row and views; entries to come hold zeros
+    is_seen = np.zeros((len(scores), max(view_of, default=0) + 1), dtype=bool)
+    for i in found["scores"].argsort(descending=True, stable=True).tolist():
+        count, known = len(objects), first[: len(objects)]
+        is_near = (corners[known, :3] < corners[i, 3:]).all(1) & (corners[i, :3] < corners[known, 3:]).all(1)
+        near = np.flatnonzero(is_near & (classes[known] == classes[i]) & ~is_seen[:count, view_of[i]]).tolist()
+        is_too_low = scores[i] < score_threshold  # to begin an object, whose mean is at most its first score
+        if is_too_low and not near:
+            continue
+        mask = _pasted(found["mask_logits"][i], found["boxes"][i], mask_threshold)
+        iou = {k: _mask_iou(mask, masks[k]) for k in near}
+        best = max(iou, key=iou.__getitem__, default=count)
+        if iou.get(best, 0) >= SAME_OBJECT_IOU:
+            objects[best].append(i)
+            is_seen[best, view_of[i]] = True
+        elif not is_too_low:
+            objects.append([i])
+            masks.append(mask)
+            first[count] = i
+            is_seen[count, view_of[i]] = True
+    return objects
+
+
+def _flip_combinations(flips: Sequence[str]) -> list[tuple[int, ...]]:
+    axes = [AXES.index(axis) for axis in flips]
+    return [some for count in range(len(axes) + 1) for some in combinations(axes, count)]
+
+
+def _mirrored(found: Found, axes: Sequence[int], size: Sequence[int]) -> Found:
+    """Detections of an image of `size` (D, H, W) that was mirrored along `axes`, in the image's own frame."""
+    if not axes:
+        return found
+    boxes = found["boxes"].to(torch.float64, copy=True)  # float32 would round size - z
+    for axis in axes:
+        boxes[:, [axis, axis + 3]] = size[axis] - boxes[:, [axis + 3, axis]]
+    return found | {"boxes": boxes, "mask_logits": [grid.flip(list(axes)) for grid in found["mask_logits"]]}
+
+
+def _pasted(logits: Tensor, box: Tensor, threshold: float) -> _PlacedMask:
+    """The voxels that a box touches, and the mask over them."""
+    corners = box.tolist()
+    if not all(map(math.isfinite, corners)):
+        raise ValueError(f"the network returned the box {corners}; check its weights, or turn amp off")
+    mask = paste_mask(logits, box, threshold).numpy()
+    z, y, x = map(math.floor, corners[:3])
+    return (z, y, x, z + mask.shape[0], y + mask.shape[1], x + mask.shape[2]), mask
+
+
+def _mask_iou(first: _PlacedMask, second: _PlacedMask) -> float:
+    (roi, mask), (other_roi, other_mask) = first, second
+    window = intersection(roi, other_roi)
+    if window is None:
+        return 0.0
+    shared = int(np.count_nonzero(mask[roi_slices(window, roi[:3])] & other_mask[roi_slices(window, other_roi[:3])]))
+    union = int(np.count_nonzero(mask)) + int(np.count_nonzero(other_mask)) - shared
+    return shared / max(union, 1)

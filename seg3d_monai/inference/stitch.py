@@ -33,232 +33,139 @@ voxels twice, and that overlap is the evidence that joins their views (here one 
 7. *Ids* count from 1 by the first block that has a member, then by the corner of that member's mask.
 
 An object must be connected (26 neighbours count): parts that no two neighbouring blocks share leave no evidence.
-Nothing depends on the order in which blocks were predicted. Blocks are read from the journal pair by pair, only where
-they overlap; what is kept for all instances is a few numbers each. This file knows neither predictor nor files.
+Nothing depends on the order in which blocks were predicted. Rules 1 and 2 are `evidence`, of one block each; rules 3
+and 4, here, need a few numbers for each instance of the stack and each link, about 100 bytes together; rules 5 to 7 are
+`paint`. This file knows neither predictor nor files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
-from seg3d_monai.inference.blocks import BlockPlan, Roi, intersection, roi_shape, roi_slices
-from seg3d_monai.inference.instances import PlacedInstance
-
-MIN_IOU = 0.2
-MIN_IOU_DEFERRING = 0.05
-_PRIOR_VOXELS = 8  # a link over a handful of voxels is weaker evidence than its IoU says
-
-Ints = NDArray[np.int64]
-
-
-class InstanceSource(Protocol):
-    """Where the instances of a block are read from (the journal)."""
-
-    def instances(self, block: int, roi: Roi | None = None, min_score: float | None = None) -> list[PlacedInstance]: ...
-
-
-def label_map(instances: Sequence[PlacedInstance], roi: Roi) -> NDArray[np.int32]:
-    """One block's exclusive view of a ROI: number + 1 of the instance with the highest score, 0 where there is none.
-
-    Args:
-        instances: instances of one block.
-        roi: (z1, y1, x1, z2, y2, x2), volume voxels.
-    """
-    labels = np.zeros(roi_shape(roi), dtype=np.int32)
-    for instance in sorted(instances, key=lambda i: (i.score, -i.number)):
-        shared = intersection(instance.roi, roi)
-        if shared is not None:
-            window = labels[roi_slices(shared, roi[:3])]
-            window[instance.mask[roi_slices(shared, instance.roi[:3])]] = instance.number + 1
-    return labels
+from seg3d_monai.inference.evidence import Census, Ints, Links
 
 
 @dataclass(frozen=True)
-class Census:
-    """A few numbers per instance of the stack; instance `first[block] + number`. Entries that nothing uses hold zeros.
+class Records:
+    """A few numbers for each instance of the stack; instance `first[block] + number`.
 
     Attributes:
-        first: [blocks + 1] index of each block's first instance.
-        block: [N] the block that saw the instance.
-        score: [N] its score.
-        class_index: [N] its class.
-        corner: [N, 3] lower corner of its mask, volume voxels.
-        own: [N] voxels of its exclusive mask within its own block's owned ROI.
-        home: [N] the block that owns most of its voxels; its own block wins ties, then the lower index.
-        reach: [M, 3] rows (instance, other block, voxels of the exclusive mask in that block's owned ROI).
+        first: int64 [blocks + 1] index of each block's first instance.
+        block: int32 [N] the block that saw the instance.
+        score: float64 [N] its score.
+        class_index: int32 [N] its class.
+        corner: int32 [N, 3] lower corner of its mask, volume voxels.
+        own: int32 [N] voxels of its exclusive mask within its own block's owned ROI.
+        at_home: bool [N] whether no other block owns more of its voxels.
+        reaching: int64 [M] an instance with voxels in a ROI that another block owns, and
+        reached: int32 [M] this block.
+        lower: int64 [L] an instance of a block, and
+        higher: int64 [L] the one of a later block that is the same object (rule 2).
+        strength: float64 [L] evidence for it.
     """
 
     first: Ints
-    block: Ints
+    block: NDArray[np.int32]
     score: NDArray[np.float64]
-    class_index: Ints
-    corner: Ints
-    own: Ints
-    home: Ints
-    reach: Ints
+    class_index: NDArray[np.int32]
+    corner: NDArray[np.int32]
+    own: NDArray[np.int32]
+    at_home: NDArray[np.bool_]
+    reaching: Ints
+    reached: NDArray[np.int32]
+    lower: Ints
+    higher: Ints
+    strength: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.block)
 
-
-def take_census(plan: BlockPlan, source: InstanceSource, *, min_score: float | None, progress: bool) -> Census:
-    """Count every instance's voxels by owner, one block at a time."""
-    first = np.zeros(len(plan) + 1, dtype=np.int64)
-    columns: list[dict[str, NDArray[Any]]] = []
-    reach: list[Ints] = []
-    for block in tqdm(plan, total=len(plan), desc="count", unit="block", disable=not progress):
-        found = source.instances(block.index, min_score=min_score)
-        span = max((i.number for i in found), default=-1) + 1
-        offset = first[block.index]
-        first[block.index + 1] = offset + span
-        if span == 0:
-            continue
-        numbers = np.array([i.number for i in found])
-        column: dict[str, NDArray[Any]] = {
-            "block": np.full(span, block.index, np.int64),
-            "score": np.zeros(span),
-            "class_index": np.zeros(span, np.int64),
-            "corner": np.zeros((span, 3), np.int64),
-            "own": np.zeros(span, np.int64),
-            "home": np.full(span, block.index, np.int64),
-        }
-        column["score"][numbers] = [i.score for i in found]
-        column["class_index"][numbers] = [i.class_index for i in found]
-        column["corner"][numbers] = [i.roi[:3] for i in found]
-        labels = label_map(found, block.read)
-        best = np.zeros(span, dtype=np.int64)
-        for owner in plan.owners(block.read):
-            shared = intersection(plan[owner].owned, block.read)
-            assert shared is not None
-            counts = np.bincount(labels[roi_slices(shared, block.read[:3])].ravel(), minlength=span + 1)[1:]
-            if owner == block.index:
-                column["own"] = counts
-                continue
-            seen = np.flatnonzero(counts)
-            reach.append(np.stack([seen + offset, np.full(len(seen), owner), counts[seen]], axis=1))
-            column["home"][counts > best] = owner
-            np.maximum(best, counts, out=best)
-        column["home"][column["own"] >= best] = block.index
-        columns.append(column)
-    if not columns:
-        none = np.zeros(0, np.int64)
-        rows = np.zeros((0, 3), np.int64)
-        return Census(first, none, np.zeros(0), none, rows, none, none, rows)
-    merged = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    return Census(first=first, reach=np.concatenate([*reach, np.zeros((0, 3), np.int64)]), **merged)
+    def of_block(self, block: int) -> slice:
+        """The instances of a block."""
+        return slice(int(self.first[block]), int(self.first[block + 1]))
 
 
-@dataclass(frozen=True)
-class Links:
-    """Pairs of instances of different blocks that are the same object (rule 2).
+def gather_records(
+    num_blocks: int, counts: Iterable[tuple[int, int, int, int]], evidence: Iterable[tuple[int, Census, Links]]
+) -> Records:
+    """Put the evidence of all blocks together, each array once in memory.
 
-    Attributes:
-        pairs: [L, 2] instances, the one of the lower block first.
-        strength: [L] evidence: IoU within the shared ROI, less for a few voxels.
+    Args:
+        num_blocks: blocks of the plan.
+        counts: (block, instances, reach rows, links) of every block that has evidence.
+        evidence: (block, census, links) of the same blocks, ascending.
     """
-
-    pairs: Ints
-    strength: NDArray[np.float64]
-
-
-def link_blocks(
-    plan: BlockPlan, source: InstanceSource, census: Census, *, min_score: float | None, progress: bool
-) -> Links:
-    """Match the instances of all pairs of blocks that saw the same voxels."""
-    pairs, strength = [np.zeros((0, 2), np.int64)], [np.zeros(0)]
-    for block in tqdm(plan, total=len(plan), desc="link", unit="block", disable=not progress):
-        if census.first[block.index] == census.first[block.index + 1]:
-            continue
-        for other in plan.neighbours(block.index):
-            if other < block.index or census.first[other] == census.first[other + 1]:
-                continue
-            found = _link_pair(plan, source, census, block.index, other, min_score)
-            pairs.append(found.pairs)
-            strength.append(found.strength)
-    return Links(pairs=np.concatenate(pairs), strength=np.concatenate(strength))
-
-
-def _link_pair(
-    plan: BlockPlan, source: InstanceSource, census: Census, a: int, b: int, min_score: float | None
-) -> Links:
-    shared = intersection(plan[a].read, plan[b].read)
-    assert shared is not None
-    labels_a = label_map(source.instances(a, shared, min_score), shared).ravel()
-    labels_b = label_map(source.instances(b, shared, min_score), shared).ravel()
-    stride = int(labels_b.max()) + 1
-    both = (labels_a > 0) & (labels_b > 0)
-    keys, overlap = np.unique(labels_a[both].astype(np.int64) * stride + labels_b[both], return_counts=True)
-    in_a, in_b = keys // stride, keys % stride
-    union = np.bincount(labels_a)[in_a] + np.bincount(labels_b)[in_b] - overlap
-    iou = overlap / union
-    first, second = census.first[a] + in_a - 1, census.first[b] + in_b - 1
-    deferring = (census.home[first] == b) & (census.home[second] == a)
-    enough = np.flatnonzero((iou >= MIN_IOU) | (deferring & (iou >= MIN_IOU_DEFERRING)))
-    chosen = enough[_assign(in_a[enough], in_b[enough], iou[enough])]
-    strength = overlap[chosen] / (union[chosen] + _PRIOR_VOXELS)
-    return Links(pairs=np.stack([first[chosen], second[chosen]], axis=1), strength=strength)
+    sizes = np.zeros((num_blocks + 1, 3), np.int64)
+    for block, *numbers in counts:
+        sizes[block + 1] = numbers
+    first, first_reach, first_link = np.cumsum(sizes, axis=0).T
+    num_instances, num_reach, num_links = int(first[-1]), int(first_reach[-1]), int(first_link[-1])
+    records = Records(
+        first=np.ascontiguousarray(first),
+        block=np.repeat(np.arange(num_blocks, dtype=np.int32), np.diff(first)),
+        score=np.zeros(num_instances),
+        class_index=np.zeros(num_instances, np.int32),
+        corner=np.zeros((num_instances, 3), np.int32),
+        own=np.zeros(num_instances, np.int32),
+        at_home=np.zeros(num_instances, np.bool_),
+        reaching=np.zeros(num_reach, np.int64),
+        reached=np.zeros(num_reach, np.int32),
+        lower=np.zeros(num_links, np.int64),
+        higher=np.zeros(num_links, np.int64),
+        strength=np.zeros(num_links),
+    )
+    for block, census, links in evidence:
+        mine = records.of_block(block)
+        records.score[mine] = census.score
+        records.class_index[mine] = census.class_index
+        records.corner[mine] = census.corner
+        records.own[mine] = census.own
+        records.at_home[mine] = census.home == block
+        reach = slice(int(first_reach[block]), int(first_reach[block + 1]))
+        records.reaching[reach] = first[block] + census.reach[:, 0]
+        records.reached[reach] = census.reach[:, 1]
+        link = slice(int(first_link[block]), int(first_link[block + 1]))
+        records.lower[link] = first[links.other] + links.theirs
+        records.higher[link] = first[block] + links.mine
+        records.strength[link] = links.strength
+    return records
 
 
-def _assign(rows: Ints, columns: Ints, weight: NDArray[np.float64]) -> Ints:
-    """Indices of the one-to-one choice with the greatest sum of weights, ascending."""
-    if len(rows) == 0:
-        return np.zeros(0, np.int64)
-    _, row = np.unique(rows, return_inverse=True)
-    _, column = np.unique(columns, return_inverse=True)
-    column = column + row.max() + 1
-    size = int(column.max()) + 1
-    _, part = connected_components(coo_array((np.ones(len(row)), (row, column)), shape=(size, size)), directed=False)
-    part_of_edge = part[row]
-    chosen: list[int] = []
-    order = np.argsort(part_of_edge, kind="stable")
-    for edges in np.split(order, np.flatnonzero(np.diff(part_of_edge[order])) + 1):
-        if len(edges) == 1:
-            chosen.append(int(edges[0]))
-            continue
-        _, i = np.unique(row[edges], return_inverse=True)
-        _, j = np.unique(column[edges], return_inverse=True)
-        gain = np.zeros((i.max() + 1, j.max() + 1))
-        gain[i, j] = weight[edges]
-        edge_at = np.full(gain.shape, -1)
-        edge_at[i, j] = edges
-        picked = edge_at[linear_sum_assignment(gain, maximize=True)]
-        chosen.extend(int(e) for e in picked if e >= 0)
-    return np.sort(np.array(chosen, dtype=np.int64))
-
-
-def group_instances(census: Census, links: Links) -> Ints:
+def group_instances(records: Records) -> Ints:
     """Group of every instance (rules 3 and 4): its lowest member, or -1 if the instance is dropped."""
-    count = len(census)
-    joins = (census.own[links.pairs] > 0).all(axis=1)
-    pairs, strength = links.pairs[joins], links.strength[joins]
-    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
-    _, part = connected_components(graph, directed=False)
-    order = np.lexsort((census.block, part))
-    same = (np.diff(part[order]) == 0) & (np.diff(census.block[order]) == 0)
+    count = len(records)
+    joins = (records.own[records.lower] > 0) & (records.own[records.higher] > 0)
+    lower, higher = records.lower[joins], records.higher[joins]
+    graph = coo_array((np.ones(len(lower), np.bool_), (lower, higher)), shape=(count, count))
+    num_parts, part = connected_components(graph, directed=False)
+    del graph
+    order = np.lexsort((records.block, part))
+    same = (np.diff(part[order]) == 0) & (np.diff(records.block[order]) == 0)
     crowded = np.unique(part[order][1:][same])
-    root = np.full(int(part.max(initial=-1)) + 1, count, dtype=np.int64)
+    del order, same
+    root = np.full(num_parts, count, dtype=np.int64)
     np.minimum.at(root, part, np.arange(count))
     group = root[part]
+    del root
     if len(crowded):
-        inside = np.isin(part[pairs[:, 0]], crowded)
+        inside = np.isin(part[lower], crowded)
         members = np.flatnonzero(np.isin(part, crowded))
         group[members] = members
-        _join_strongest_first(group, census.block, pairs[inside], strength[inside])
+        pairs = np.stack([lower[inside], higher[inside]], axis=1)
+        _join_strongest_first(group, records.block, pairs, records.strength[joins][inside])
     sizes = np.bincount(group, minlength=count)
-    trusted = (sizes[group] > 1) | (census.home == census.block)
-    return np.where(trusted & (census.own > 0), group, -1)
+    trusted = ((sizes[group] > 1) | records.at_home) & (records.own > 0)
+    group[~trusted] = -1
+    return group
 
 
-def _join_strongest_first(group: Ints, block: Ints, pairs: Ints, strength: NDArray[np.float64]) -> None:
+def _join_strongest_first(group: Ints, block: NDArray[np.int32], pairs: Ints, strength: NDArray[np.float64]) -> None:
     """Join pairs in place by falling strength, but never two instances of one block."""
     members: dict[int, dict[int, int]] = {}  # group -> {block: instance}
     for index in np.lexsort((pairs[:, 1], pairs[:, 0], -strength)):
@@ -275,24 +182,22 @@ def _join_strongest_first(group: Ints, block: Ints, pairs: Ints, strength: NDArr
             group[instance] = low
 
 
-def find_guests(census: Census, links: Links, group: Ints) -> dict[int, Ints]:
+def find_guests(records: Records, group: Ints) -> dict[int, Ints]:
     """Instances painted in a block that is not theirs (rule 5), by block, ascending."""
-    reach = census.reach[group[census.reach[:, 0]] >= 0]
-    if len(reach) == 0:
+    reaches = group[records.reaching] >= 0
+    instances, blocks = records.reaching[reaches], records.reached[reaches]
+    if len(instances) == 0:
         return {}
     # A block answers for an object if it has a member in the group, or a linked instance without a voxel of its own.
+    stride = np.int64(len(records.first))
     kept = np.flatnonzero(group >= 0)
-    answers = [np.stack([group[kept], census.block[kept]], axis=1)]
-    for mine, theirs in ((0, 1), (1, 0)):
-        known = (group[links.pairs[:, mine]] >= 0) & (census.own[links.pairs[:, theirs]] == 0)
-        pairs = links.pairs[known]
-        answers.append(np.stack([group[pairs[:, mine]], census.block[pairs[:, theirs]]], axis=1))
-    stride = len(census.first)
-    answered = np.unique(np.concatenate(answers) @ np.array([stride, 1]))
-    keys = group[reach[:, 0]] * stride + reach[:, 1]
-    open_rows = ~np.isin(keys, answered)
-    keys, instances = keys[open_rows], reach[open_rows, 0]
+    answers = [group[kept] * stride + records.block[kept]]
+    for mine, theirs in ((records.lower, records.higher), (records.higher, records.lower)):
+        known = (group[mine] >= 0) & (records.own[theirs] == 0)
+        answers.append(group[mine[known]] * stride + records.block[theirs[known]])
+    keys = group[instances] * stride + blocks
+    answered = np.isin(keys, np.concatenate(answers))
     guests: dict[int, list[int]] = {}
-    for key, instance in zip(keys, instances, strict=True):
-        guests.setdefault(int(key % stride), []).append(int(instance))
+    for block, instance in zip(blocks[~answered].tolist(), instances[~answered].tolist(), strict=True):
+        guests.setdefault(block, []).append(instance)
     return {block: np.array(sorted(found)) for block, found in sorted(guests.items())}

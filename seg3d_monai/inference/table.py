@@ -1,102 +1,184 @@
-"""The object table: one row per object, counted while blocks are painted, written as Parquet or CSV.
+"""The object table: one row per object, from counts of every painted block, written as Parquet or CSV.
 
-All sums are integers, so the table is the same in whatever order blocks are added. This file knows label arrays only.
+All sums are integers, so the table is the same in whatever order blocks are painted. This file knows label arrays and
+the geometry of blocks only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from seg3d_monai.inference.blocks import Roi
+from seg3d_monai.inference.blocks import BlockPlan, Roi
+
+FORMATS = ("parquet", "csv")
+_ROWS = 2**20  # of a row group
 
 
-class ObjectCounter:
-    """Volume, extent and centroid of every object, gathered block by block.
+@dataclass(frozen=True)
+class ObjectCounts:
+    """What one painted block holds of each object.
+
+    Attributes:
+        ids: int64 [n], ascending.
+        voxels: int64 [n].
+        sums: int64 [n, 3] sum of the voxels' indices (z, y, x) in the volume.
+        lower: int32 [n, 3] lower corner of the extent, volume voxels.
+        upper: int32 [n, 3] upper corner, half-open.
+    """
+
+    ids: NDArray[np.int64]
+    voxels: NDArray[np.int64]
+    sums: NDArray[np.int64]
+    lower: NDArray[np.int32]
+    upper: NDArray[np.int32]
+
+
+def count_objects(slots: NDArray[np.integer], ids: NDArray[np.int64], roi: Roi) -> ObjectCounts:
+    """Count a painted ROI.
 
     Args:
+        slots: [d, h, w] index into `ids`.
+        ids: ascending; `ids[0]` is 0, background.
+        roi: where it lies, volume voxels.
+    """
+    boxes = ndimage.find_objects(slots, max_label=len(ids) - 1)
+    present = [slot for slot, box in enumerate(boxes, start=1) if box is not None]
+    voxels, sums = np.zeros(len(present), np.int64), np.zeros((len(present), 3), np.int64)
+    lower, upper = np.zeros((len(present), 3), np.int32), np.zeros((len(present), 3), np.int32)
+    for row, slot in enumerate(present):
+        box = boxes[slot - 1]
+        mask = slots[box] == slot
+        planes = mask.sum(axis=2)  # along the innermost axis first, once for the other two
+        along = planes.sum(axis=1), planes.sum(axis=0), mask.sum(axis=(0, 1))
+        voxels[row] = along[0].sum()
+        for axis, count in enumerate(along):
+            lower[row, axis] = roi[axis] + box[axis].start
+            upper[row, axis] = roi[axis] + box[axis].stop
+            sums[row, axis] = (count * np.arange(lower[row, axis], upper[row, axis])).sum()
+    return ObjectCounts(ids[present], voxels, sums, lower, upper)
+
+
+class ObjectTotals:
+    """Counts of whole objects, gathered from blocks: 64 bytes an object.
+
+    Args:
+        plan: the plan of blocks.
         num_objects: ids run from 1 to this.
     """
 
-    def __init__(self, num_objects: int) -> None:
+    def __init__(self, plan: BlockPlan, num_objects: int) -> None:
+        self._plan = plan
         self._voxels = np.zeros(num_objects, dtype=np.int64)
         self._sums = np.zeros((num_objects, 3), dtype=np.int64)
-        self._lower = np.full((num_objects, 3), np.iinfo(np.int64).max, dtype=np.int64)
-        self._upper = np.zeros((num_objects, 3), dtype=np.int64)
+        self._lower = np.full((num_objects, 3), np.iinfo(np.int32).max, dtype=np.int32)
+        self._upper = np.zeros((num_objects, 3), dtype=np.int32)
+        self._time = np.zeros(num_objects, dtype=np.int32)
 
-    def add(self, labels: NDArray[np.integer], roi: Roi) -> None:
-        """Count a painted ROI.
+    def add(self, block: int, counts: ObjectCounts) -> None:
+        """Add what a block holds."""
+        rows = counts.ids - 1
+        self._voxels[rows] += counts.voxels
+        self._sums[rows] += counts.sums
+        self._lower[rows] = np.minimum(self._lower[rows], counts.lower)
+        self._upper[rows] = np.maximum(self._upper[rows], counts.upper)
+        self._time[rows] = block // self._plan.blocks_per_time
 
-        Args:
-            labels: [d, h, w] ids, 0 = background.
-            roi: where it lies, volume voxels.
-        """
-        inside = labels > 0
-        ids, compact = np.unique(labels[inside], return_inverse=True)
-        if len(ids) == 0:
-            return
-        rows = ids.astype(np.int64) - 1
-        local = np.zeros(labels.shape, dtype=np.int32)
-        local[inside] = compact + 1
-        count = np.bincount(compact, minlength=len(ids))
-        self._voxels[rows] += count
-        for axis, coordinate in enumerate(np.nonzero(inside)):
-            sums = np.bincount(compact, weights=coordinate, minlength=len(ids)).astype(np.int64)
-            self._sums[rows, axis] += sums + count * roi[axis]
-        found = ndimage.find_objects(local)
-        lower = np.array([[s.start for s in box] for box in found]) + np.array(roi[:3])
-        upper = np.array([[s.stop for s in box] for box in found]) + np.array(roi[:3])
-        self._lower[rows] = np.minimum(self._lower[rows], lower)
-        self._upper[rows] = np.maximum(self._upper[rows], upper)
-
-    def table(
+    def tables(
         self,
         *,
         scores: NDArray[np.floating],
         classes: NDArray[np.integer],
-        shape: Sequence[int],
         spacing_um: Sequence[float] | None,
-    ) -> pd.DataFrame:
-        """The table of all objects.
+        times: Sequence[int] | None = None,
+    ) -> Iterator[pd.DataFrame]:
+        """The table of all objects, in parts of a million rows, at least one part.
 
         Args:
             scores: [objects].
             classes: [objects].
-            shape: (Z, Y, X) of the volume.
             spacing_um: (z, y, x) of a voxel in micrometers, or None if unknown (then the `_um` columns are null).
+            times: the time points of a series.
 
-        Returns:
-            Columns id, score, class, z1 .. x2 (exact extent, half-open), centroid_* (mean index of its voxels),
-            centroid_*_um (centroid_* times the spacing), volume_voxels, volume_um3, touches_border.
+        Yields:
+            Columns id, time (of a series only), score, class, z1 .. x2 (exact extent, half-open), centroid_* (mean
+            index of its voxels), centroid_*_um (centroid_* times the spacing), volume_voxels, volume_um3,
+            touches_border (of the predicted region), seen_whole (whether one block read all of its extent; where not,
+            it is larger than the halo and was joined from parts).
         """
         spacing = np.full(3, np.nan) if spacing_um is None else np.asarray(spacing_um, dtype=np.float64)
         assert (self._voxels > 0).all(), "an id without a voxel"
-        centroid = self._sums / self._voxels[:, None]
-        columns: dict[str, NDArray] = {
-            "id": np.arange(1, len(self._voxels) + 1, dtype=np.int64),
-            "score": np.asarray(scores, dtype=np.float64),
-            "class": np.asarray(classes, dtype=np.int64),
-        }
-        columns |= {f"{axis}1": self._lower[:, a] for a, axis in enumerate("zyx")}
-        columns |= {f"{axis}2": self._upper[:, a] for a, axis in enumerate("zyx")}
-        columns |= {f"centroid_{axis}": centroid[:, a] for a, axis in enumerate("zyx")}
-        columns |= {f"centroid_{axis}_um": centroid[:, a] * spacing[a] for a, axis in enumerate("zyx")}
-        columns["volume_voxels"] = self._voxels
-        columns["volume_um3"] = self._voxels * spacing.prod()
-        columns["touches_border"] = ((self._lower == 0) | (self._upper == np.asarray(shape))).any(axis=1)
-        return pd.DataFrame(columns)
+        low, high = np.array(self._plan.region[:3]), np.array(self._plan.region[3:])
+        for start in range(0, max(1, len(self._voxels)), _ROWS):
+            part = slice(start, min(start + _ROWS, len(self._voxels)))
+            voxels, lower, upper = self._voxels[part], self._lower[part], self._upper[part]
+            centroid = self._sums[part] / voxels[:, None]
+            columns: dict[str, NDArray] = {"id": np.arange(part.start + 1, part.stop + 1, dtype=np.int64)}
+            if times is not None:
+                columns["time"] = np.asarray(times, np.int64)[self._time[part]]
+            columns["score"] = np.asarray(scores[part], dtype=np.float64)
+            columns["class"] = np.asarray(classes[part], dtype=np.int64)
+            columns |= {f"{axis}1": lower[:, a].astype(np.int64) for a, axis in enumerate("zyx")}
+            columns |= {f"{axis}2": upper[:, a].astype(np.int64) for a, axis in enumerate("zyx")}
+            columns |= {f"centroid_{axis}": centroid[:, a] for a, axis in enumerate("zyx")}
+            columns |= {f"centroid_{axis}_um": centroid[:, a] * spacing[a] for a, axis in enumerate("zyx")}
+            columns["volume_voxels"] = voxels
+            columns["volume_um3"] = voxels * spacing.prod()
+            columns["touches_border"] = ((lower == low) | (upper == high)).any(axis=1)
+            columns["seen_whole"] = seen_whole(self._plan, lower, upper)
+            yield pd.DataFrame(columns)
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write the table whole or not at all; the suffix (.parquet or .csv) chooses the format."""
+def seen_whole(plan: BlockPlan, lower: NDArray[np.integer], upper: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Whether some block's read ROI holds a whole extent.
+
+    Args:
+        plan: the plan of blocks.
+        lower: [n, 3] lower corners, volume voxels.
+        upper: [n, 3] upper corners, half-open.
+
+    Returns:
+        bool [n].
+    """
+    whole = np.ones(len(lower), np.bool_)
+    for axis in range(3):
+        size, halo = plan.block_size[axis], plan.halo[axis]
+        line = plan.offset[axis] + plan.first[axis] * size
+        # The last block whose read ROI begins at or before the extent reaches furthest.
+        last = np.clip((lower[:, axis].astype(np.int64) + halo - line) // size, 0, plan.grid[axis] - 1)
+        end = np.minimum(line + (last + 1) * size, plan.region[axis + 3])
+        whole &= upper[:, axis] <= np.minimum(end + halo, plan.shape[axis])
+    return whole
+
+
+def write_table(tables: Iterable[pd.DataFrame], path: Path) -> None:
+    """Write the parts of a table whole or not at all; the suffix (.parquet or .csv) chooses the format.
+
+    Args:
+        tables: at least one part, all of the same columns.
+        path: the file.
+    """
     partial = path.with_name(path.name + ".partial")
     if path.suffix == ".parquet":
-        table.to_parquet(partial, index=False, engine="pyarrow")
+        writer: pq.ParquetWriter | None = None
+        try:
+            for table in tables:
+                rows = pa.Table.from_pandas(table, preserve_index=False)
+                writer = writer or pq.ParquetWriter(partial, rows.schema)
+                writer.write_table(rows)
+        finally:
+            if writer is not None:
+                writer.close()
     else:
-        table.to_csv(partial, index=False, lineterminator="\n")
+        with partial.open("w", newline="") as file:
+            for number, table in enumerate(tables):
+                table.to_csv(file, index=False, header=number == 0, lineterminator="\n")
     partial.replace(path)

@@ -1,30 +1,31 @@
 """Writing labels as OME-Zarr 0.5 or 0.4: a multiscale `labels/instances`, built beside OUTPUT and renamed at the end.
 
-An OUTPUT that exists is complete. Nothing in it depends on time, host, place or the number of workers. Blocks are
-written one after the other by the driver, so chunks that two blocks share are safe. This file knows label arrays, not
-instances.
+An OUTPUT that exists is complete. Nothing in it depends on time, host, place or the number of workers. Every block
+writes whole chunks of its own, and so does every tile of a coarser level, so any number of processes may write at once,
+and what a killed one left is written again. This file knows label arrays, not instances.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numcodecs
 import numpy as np
 import zarr
-from numpy.typing import NDArray
-from tqdm import tqdm
+from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import ZstdCodec
 
-from seg3d_monai.inference.blocks import BlockPlan, Roi, Triple, roi_slices
+from seg3d_monai.inference.blocks import Block, BlockPlan, Triple, roi_slices
 
 OME_ZARR_VERSIONS = ("0.4", "0.5")
 ATTRIBUTE = "seg3d_monai"
 LABEL_NAME = "instances"
+LABELS = f"labels/{LABEL_NAME}"
 _MAX_CHUNK = (64, 128, 128)
 _COARSEST = 256  # levels are added until no axis is longer
 _ZSTD_LEVEL = 3
@@ -33,15 +34,17 @@ Downsample = Callable[[NDArray[Any], Triple], NDArray[Any]]
 
 
 class LabelWriter:
-    """The unfinished OUTPUT: write every owned ROI, then `finish`, then `publish`.
+    """The unfinished OUTPUT: `create` it, `write` every block, build every tile of `coarse_arrays`, then `publish`.
 
     Args:
         output: where the finished OME-Zarr will be; until then it is built in a sibling, `OUTPUT.partial`.
-        plan: the plan of blocks; chunks divide its blocks where that gives chunks of a fair size.
+        plan: the plan of blocks; chunks divide its blocks.
         dtype: "uint32" or "uint16".
         spacing_um: (z, y, x) micrometer per voxel, or None: then the scale is in voxels, without a unit.
         version: OME-Zarr version, "0.5" or "0.4".
-        provenance: JSON-able facts kept in OUTPUT's attributes.
+        facts: JSON-able facts kept in OUTPUT's attributes beside the plan.
+        is_series: whether the arrays have an axis of time before the others.
+        image: (number of channels, dtype) of a copy of the input beside the labels, or None.
     """
 
     def __init__(
@@ -52,95 +55,125 @@ class LabelWriter:
         dtype: str,
         spacing_um: Sequence[float] | None,
         version: str,
-        provenance: dict[str, Any],
+        facts: dict[str, Any],
+        is_series: bool = False,
+        image: tuple[int, DTypeLike] | None = None,
     ) -> None:
-        self._output = output
-        self._partial = partial_path(output)
+        self.output = output
+        self.partial = partial_path(output)
         self._plan = plan
+        self._dtype = np.dtype(dtype)
         self._spacing = spacing_um
         self._version = version
-        self._chunks = _chunk_shape(plan)
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
-        facts = {"block_size": list(plan.block_size), "halo": list(plan.halo), "provenance": provenance}
-        self._root = zarr.open_group(self._partial, mode="w", zarr_format=2 if version == "0.4" else 3)
-        self._put_attributes(self._root, {}, {ATTRIBUTE: facts})
-        group = self._root.create_group("labels")
-        self._put_attributes(group, {"labels": [LABEL_NAME]})
-        self._labels = group.create_group(LABEL_NAME)
+        self._facts = facts
+        self._is_series = is_series
+        self._image = image
+        self._chunks = chunk_shape(plan)
         self._factors = _pyramid(plan.shape, spacing_um)
-        self._level = self._create(self._labels, "0", plan.shape, self._chunks, np.dtype(dtype))
+        self._open: dict[str, zarr.Array[Any]] = {}
 
-    def write(self, roi: Roi, labels: NDArray[np.integer]) -> None:
-        """Write the ids of an owned ROI."""
-        self._level[roi_slices(roi)] = labels.astype(self._level.dtype)
+    def create(self) -> None:
+        """Make `OUTPUT.partial` anew: all arrays, empty, and all metadata."""
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        root = zarr.open_group(self.partial, mode="w", zarr_format=2 if self._version == "0.4" else 3)
+        plan = {"block_size": list(self._plan.block_size), "halo": list(self._plan.halo)}
+        if self._plan.region != (0, 0, 0, *self._plan.shape):
+            plan["roi"] = list(self._plan.region)
+        image = {} if self._image is None else {"multiscales": [self._multiscale("image", "tczyx", "mean")]}
+        self._put_attributes(root, image, {ATTRIBUTE: plan | self._facts})
+        self._put_attributes(root.create_group("labels"), {"labels": [LABEL_NAME]})
+        source = {} if self._image is None else {"source": {"image": "../../"}}
+        self._put_attributes(
+            root.create_group(LABELS),
+            {
+                "multiscales": [self._multiscale(LABEL_NAME, "tzyx", "mode")],
+                "image-label": {"version": self._version} | source,
+            },
+        )
+        leading = (self._plan.times,) if self._is_series else ()
+        for level, factors in enumerate(self._factors):
+            shape = tuple(-(-n // f) for n, f in zip(self._plan.shape, factors, strict=True))
+            self._create(root, f"{LABELS}/{level}", (*leading, *shape), self._dtype)
+            if self._image is not None:
+                self._create(root, str(level), (*leading, self._image[0], *shape), np.dtype(self._image[1]))
 
-    def finish(self, *, progress: bool) -> None:
-        """Build the pyramid and write the metadata."""
-        self._build_pyramid(self._labels, self._level, downsample_labels, progress)
-        label = {"version": self._version} | ({"source": {"image": "../../"}} if "0" in self._root else {})
-        multiscale = self._multiscale(LABEL_NAME, ("z", "y", "x"), "mode")
-        self._put_attributes(self._labels, {"multiscales": [multiscale], "image-label": label})
+    def write(self, block: Block, labels: NDArray[np.integer]) -> None:
+        """Write the ids [d, h, w] of a block's owned ROI."""
+        leading = (block.time,) if self._is_series else ()
+        self._array(f"{LABELS}/0")[(*leading, *roi_slices(block.owned))] = labels.astype(self._dtype)
 
-    def copy_image(self, volume: Any, *, progress: bool) -> None:
-        """Copy the input beside the labels, with a pyramid of its own; call it before `finish`."""
-        shape = (volume.shape[0], *self._plan.shape)
-        level = self._create(self._root, "0", shape, (1, *self._chunks), volume.dtype)
-        for block in tqdm(self._plan, total=len(self._plan), desc="copy", unit="block", disable=not progress):
-            level[(slice(None), *roi_slices(block.owned))] = volume.read(block.owned)
-        self._build_pyramid(self._root, level, downsample_image, progress)
-        multiscale = self._multiscale("image", ("c", "z", "y", "x"), "mean")
-        self._put_attributes(self._root, {"multiscales": [multiscale]}, dict(self._root.attrs))
+    def copy(self, block: Block, voxels: NDArray[Any]) -> None:
+        """Write the image [C, d, h, w] of a block's owned ROI."""
+        leading = (block.time,) if self._is_series else ()
+        self._array("0")[(*leading, slice(None), *roi_slices(block.owned))] = voxels
+
+    def coarse_arrays(self) -> list[str]:
+        """Names of the coarser levels; each is made from the one before it, or from level 0."""
+        levels = range(1, len(self._factors))
+        return [f"{LABELS}/{i}" for i in levels] + ([str(i) for i in levels] if self._image is not None else [])
+
+    def num_tiles(self, name: str) -> int:
+        """Tiles of a coarser level: its chunks."""
+        return prod(self._array(name).cdata_shape)
+
+    def build_tile(self, name: str, tile: int) -> None:
+        """Make one tile of a coarser level from the level before it."""
+        folder, _, level = name.rpartition("/")
+        number = int(level)
+        fine, coarse = self._array(f"{folder}/{number - 1}".lstrip("/")), self._array(name)
+        pairs = zip(self._factors[number], self._factors[number - 1], strict=True)
+        z, y, x = (new // old for new, old in pairs)
+        step = (z, y, x)
+        *leading, i, j, k = (int(n) for n in np.unravel_index(tile, coarse.cdata_shape))
+        starts = [n * c for n, c in zip((i, j, k), coarse.chunks[-3:], strict=True)]
+        stops = [min(s + c, n) for s, c, n in zip(starts, coarse.chunks[-3:], coarse.shape[-3:], strict=True)]
+        extents = list(zip(starts, stops, step, strict=True))
+        target: tuple[int | slice, ...] = (*leading, *(slice(a, b) for a, b, _ in extents))
+        source: tuple[int | slice, ...] = (*leading, *(slice(a * f, b * f) for a, b, f in extents))
+        downsample: Downsample = downsample_labels if folder == LABELS else downsample_image
+        voxels = np.asarray(fine[source])
+        if voxels.any():
+            coarse[target] = downsample(voxels, step)
 
     def publish(self) -> None:
         """Make OUTPUT appear, complete."""
-        if self._output.exists():
-            shutil.rmtree(self._output)
-        self._partial.rename(self._output)
+        if self.output.exists():
+            shutil.rmtree(self.output)
+        self.partial.rename(self.output)
 
-    def _create(
-        self, group: zarr.Group, name: str, shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype[Any]
-    ) -> zarr.Array[Any]:
-        chunks = tuple(min(c, s) for c, s in zip(chunks, shape, strict=True))
+    @property
+    def path(self) -> Path:
+        """Where the arrays are now."""
+        return self.partial if self.partial.exists() else self.output
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        if name not in self._open:
+            self._open[name] = zarr.open_array(self.partial, path=name, mode="r+")
+        return self._open[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def _create(self, root: zarr.Group, name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
+        extra = len(shape) - 3
+        chunks = (1,) * extra + tuple(min(c, n) for c, n in zip(self._chunks, shape[-3:], strict=True))
+        options: dict[str, Any] = {"shape": tuple(shape), "chunks": chunks, "dtype": dtype, "fill_value": 0}
         if self._version == "0.4":
-            return group.create_array(
-                name,
-                shape=tuple(shape),
-                chunks=chunks,
-                dtype=dtype,
-                fill_value=0,
-                compressors=numcodecs.Zstd(level=_ZSTD_LEVEL),
-                chunk_key_encoding={"name": "v2", "separator": "/"},
-            )
-        return group.create_array(
-            name,
-            shape=tuple(shape),
-            chunks=chunks,
-            dtype=dtype,
-            fill_value=0,
-            compressors=ZstdCodec(level=_ZSTD_LEVEL),
-            dimension_names=["c", "z", "y", "x"][-len(shape) :],
-        )
+            options |= {
+                "compressors": numcodecs.Zstd(level=_ZSTD_LEVEL),
+                "chunk_key_encoding": {"name": "v2", "separator": "/"},
+            }
+        else:
+            names = list("tzyx") if name.startswith(LABELS) else list("tczyx")
+            options |= {
+                "compressors": ZstdCodec(level=_ZSTD_LEVEL),
+                "dimension_names": names if self._is_series else names[1:],
+            }
+        root.create_array(name, **options)
 
-    def _build_pyramid(self, group: zarr.Group, level: zarr.Array[Any], downsample: Downsample, progress: bool) -> None:
-        leading = level.shape[:-3]
-        for index in range(1, len(self._factors)):
-            pairs = zip(self._factors[index], self._factors[index - 1], strict=True)
-            z, y, x = (new // old for new, old in pairs)
-            step = (z, y, x)
-            shape = tuple(-(-s // f) for s, f in zip(level.shape[-3:], step, strict=True))
-            chunks = (1,) * len(leading) + self._chunks
-            coarse = self._create(group, str(index), (*leading, *shape), chunks, level.dtype)
-            tiles = list(_tiles(shape, self._chunks))
-            for tile in tqdm(tiles, desc=f"level {index}", unit="chunk", disable=not progress):
-                for channel in product(*(range(int(n)) for n in leading)):
-                    fine = tuple(slice(s.start * f, s.stop * f) for s, f in zip(tile, step, strict=True))
-                    source: tuple[int | slice, ...] = (*channel, *fine)
-                    target: tuple[int | slice, ...] = (*channel, *tile)
-                    coarse[target] = downsample(np.asarray(level[source]), step)
-            level = coarse
-
-    def _multiscale(self, name: str, axes: Sequence[str], kind: str) -> dict[str, Any]:
+    def _multiscale(self, name: str, axes: str, kind: str) -> dict[str, Any]:
+        axes = axes if self._is_series else axes[1:]
         spacing = (1.0, 1.0, 1.0) if self._spacing is None else tuple(float(s) for s in self._spacing)
         extra = len(axes) - 3
         datasets = []
@@ -150,10 +183,10 @@ class LabelWriter:
             shift = [0.0] * extra + [s * (f - 1) / 2 for s, f in zip(spacing, factors, strict=True)]
             transforms = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": shift}]
             datasets.append({"path": str(index), "coordinateTransformations": transforms})
+        types = {"t": "time", "c": "channel"}
+        unit = {} if self._spacing is None else {"unit": "micrometer"}
         described = [
-            {"name": axis, "type": "channel"}
-            if axis == "c"
-            else {"name": axis, "type": "space"} | ({} if self._spacing is None else {"unit": "micrometer"})
+            {"name": axis, "type": types[axis]} if axis in types else {"name": axis, "type": "space"} | unit
             for axis in axes
         ]
         version = {"version": self._version} if self._version == "0.4" else {}
@@ -207,11 +240,17 @@ def _cells(array: NDArray[Any], step: Triple) -> list[NDArray[Any]]:
     return [padded[i :: step[0], j :: step[1], k :: step[2]] for i, j, k in product(*(range(f) for f in step))]
 
 
-def _chunk_shape(plan: BlockPlan) -> Triple:
+def chunk_shape(plan: BlockPlan) -> Triple:
+    """(z, y, x) of a chunk that no two blocks share, of a fair size."""
     chunks = []
-    for size, limit in zip(plan.block_size, _MAX_CHUNK, strict=True):
-        divisor = max(d for d in range(1, min(size, limit) + 1) if size % d == 0)
-        chunks.append(divisor if divisor >= min(size, limit) // 2 else limit)
+    for size, limit, count in zip(plan.block_size, _MAX_CHUNK, plan.grid, strict=True):
+        if count == 1:
+            chunks.append(min(size, limit))
+            continue
+        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        # The largest that fits, unless it is so small that there would be too many chunks.
+        fitting = max(d for d in divisors if d <= limit)
+        chunks.append(fitting if 2 * fitting >= min(size, limit) else min(d for d in divisors if d > limit))
     return chunks[0], chunks[1], chunks[2]
 
 
@@ -228,9 +267,3 @@ def _pyramid(shape: Triple, spacing_um: Sequence[float] | None) -> list[Triple]:
         finest = min(v for v, n in zip(now, size, strict=True) if n > 1)
         z, y, x = (f * (2 if n > 1 and v < 2 * finest else 1) for f, n, v in zip(factors, size, now, strict=True))
         levels.append((z, y, x))
-
-
-def _tiles(shape: Sequence[int], chunks: Triple) -> Iterator[tuple[slice, ...]]:
-    ranges = [range(0, n, c) for n, c in zip(shape, chunks, strict=True)]
-    for starts in product(*ranges):
-        yield tuple(slice(s, min(s + c, n)) for s, c, n in zip(starts, chunks, shape, strict=True))

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from inference_toys import to_instances
 
+from seg3d_monai.inference.blocks import BlockPlan
+from seg3d_monai.inference.evidence import take_census
 from seg3d_monai.inference.journal import Journal, JournalInUseError, describe_difference, pack_instances
 
+CENSUS = take_census(BlockPlan.make(shape=(1, 1, 1), block_size=1, halo=0), 0, [])
 ROI = (10, 20, 30, 13, 24, 36)
 
 
@@ -22,7 +25,7 @@ def test_blocks_come_back_as_they_went(tmp_path):
         journal.begin({"plan": {"shape": [3, 4, 6]}, "state": "predicting"})
         journal.start_block(7)
         journal.start_block(8)
-        journal.finish_block(7, pack_instances(placed()))
+        journal.finish_blocks({7: (pack_instances(placed()), CENSUS)})
     with Journal(path) as journal:
         assert journal.fact("plan") == {"shape": [3, 4, 6]}
         assert journal.fact("unknown") is None
@@ -43,7 +46,7 @@ def test_reading_by_roi_and_score():
         journal.start_block(0)
         labels = np.zeros((3, 4, 6), int)
         labels[0, 0, 0], labels[2, 3, 5] = 1, 2
-        journal.finish_block(0, pack_instances(to_instances(labels, {1: 0.25, 2: 0.5}).place(ROI)))
+        journal.finish_blocks({0: (pack_instances(to_instances(labels, {1: 0.25, 2: 0.5}).place(ROI)), CENSUS)})
         assert [i.number for i in journal.instances(0, (10, 20, 30, 11, 21, 31))] == [0]
         assert [i.number for i in journal.instances(0, (11, 20, 30, 13, 24, 36))] == [1]
         assert journal.instances(0, (11, 20, 30, 12, 24, 36)) == []
@@ -55,7 +58,7 @@ def test_a_block_is_stored_whole_or_not_at_all():
         journal.start_block(0)
         rows = pack_instances(placed())
         with pytest.raises(sqlite3.IntegrityError):
-            journal.finish_block(0, [*rows, rows[0]])
+            journal.finish_blocks({0: ([*rows, rows[0]], CENSUS)})
         assert journal.blocks_in_state("done") == set()
         assert journal.instances(0) == []
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ from inference_toys import Logging, blank, tissue_seeds, tree_digest, voronoi
 import seg3d_monai
 from seg3d_monai.data.volume import ArrayVolume
 from seg3d_monai.inference import predict_volume
+from seg3d_monai.inference.blocks import Block
 from seg3d_monai.inference.journal import Journal
-from seg3d_monai.inference.paint import Stitched
+from seg3d_monai.inference.run import Run
 from seg3d_monai.inference.writer import LabelWriter
 
-SHAPE = (14, 40, 36)
-TRUTH = voronoi(tissue_seeds(SHAPE, (7, 14, 12), seed=2), (0, 0, 0, *SHAPE))
-GRID = {"block_size": (6, 18, 20), "halo": (2, 4, 3), "progress": False}
+SHAPE = (14, 40, 300)  # a pyramid of two levels
+TRUTH = voronoi(tissue_seeds(SHAPE, (7, 14, 50), seed=2), (0, 0, 0, *SHAPE))
+GRID = {"block_size": (6, 18, 150), "halo": (2, 4, 3), "progress": False}
 NUM_BLOCKS = 18
 
 
@@ -52,16 +54,20 @@ def test_a_failed_prediction_goes_on(tmp_path, whole, fail_at, num_workers):
     check_same(tmp_path, whole)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "after"),
-    [
-        (Stitched, "paint", 5),
-        (LabelWriter, "finish", 0),
-        (LabelWriter, "publish", 0),
-        (Journal, "set_fact", 4),  # plan, input and state at the start, then the number of objects
-        (Journal, "set_fact", 5),  # OUTPUT is there, the journal does not know yet
-    ],
-)
+STOPS = [
+    (Run, "stitch", 0),
+    (LabelWriter, "create", 0),
+    (LabelWriter, "write", 0),
+    (LabelWriter, "write", 7),
+    (Journal, "store_painted", 5),
+    (LabelWriter, "build_tile", 0),
+    (Journal, "store_tiles", 0),
+    (LabelWriter, "publish", 0),
+    *((Journal, "set_fact", after) for after in range(3, 10)),  # the first three begin the run
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "after"), STOPS)
 def test_stopped_after_prediction(tmp_path, whole, monkeypatch, owner, name, after):
     original, calls = getattr(owner, name), []
 
@@ -79,9 +85,35 @@ def test_stopped_after_prediction(tmp_path, whole, monkeypatch, owner, name, aft
     done = predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
     assert done.num_predicted == 0
     assert len(predictor.calls()) == NUM_BLOCKS
-    assert done.already_finished == (after == 5 and owner is Journal)
     check_same(tmp_path, whole)
     assert predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID).already_finished
+
+
+def test_painted_blocks_and_tiles_are_not_made_again(tmp_path, whole, monkeypatch):
+    predictor = Logging(TRUTH, tmp_path / "log")
+    written = []
+
+    def note(name, limit):
+        original = getattr(LabelWriter, name)
+
+        def method(self, *args):
+            if len(written) >= limit:
+                raise KeyboardInterrupt
+            written.append(
+                (name, *(a.index if isinstance(a, Block) else a for a in args if not isinstance(a, np.ndarray)))
+            )
+            return original(self, *args)
+
+        return method
+
+    for limit in (5, 12, NUM_BLOCKS + 1, 1000):
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            for name in ("write", "build_tile"):
+                patch.setattr(LabelWriter, name, note(name, limit))
+            predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
+    check_same(tmp_path, whole)
+    assert len(set(written)) > NUM_BLOCKS
+    assert len(written) <= len(set(written)) + 3 * 2  # two calls may be in flight at a stop
 
 
 @pytest.mark.parametrize("lost", ["x.zarr", "x.instances.parquet"])
@@ -112,7 +144,7 @@ class Slow(Logging):
 
 if __name__ == "__main__":
     truth = np.load("truth.npy")
-    predict_volume(blank(truth.shape), Slow(truth, "log"), "x.zarr", (6, 18, 20), (2, 4, 3), int(sys.argv[1]))
+    predict_volume(blank(truth.shape), Slow(truth, "log"), "x.zarr", (6, 18, 150), (2, 4, 3), int(sys.argv[1]))
 """
 
 
@@ -134,13 +166,13 @@ def test_kill_9_and_resume(tmp_path, whole):
     assert not (tmp_path / "x.zarr").exists()
     time.sleep(0.5)  # workers end with their driver; the block in hand may still be noted
     done = predict_volume(blank(SHAPE), log, tmp_path / "x.zarr", **GRID)
-    # only blocks in flight (one a worker and one in reserve) are predicted again
-    assert NUM_BLOCKS - begun <= done.num_predicted <= NUM_BLOCKS - begun + num_workers + 1
+    # only blocks in flight (two a worker) are predicted again
+    assert NUM_BLOCKS - begun <= done.num_predicted <= NUM_BLOCKS - begun + 2 * num_workers
     check_same(tmp_path, whole)
     with Journal(tmp_path / "x.journal.sqlite") as journal:
         starts = journal.starts()
     assert len(starts) == NUM_BLOCKS
-    assert sum(starts.values()) <= NUM_BLOCKS + num_workers + 1
+    assert sum(starts.values()) <= NUM_BLOCKS + 2 * num_workers
 
 
 class Damaged(ArrayVolume):
@@ -163,7 +195,7 @@ def test_a_damaged_chunk_is_named_and_after_repair_the_run_goes_on(tmp_path, who
     flag = tmp_path / "damaged"
     flag.touch()
     predictor = Logging(TRUTH, tmp_path / "log")
-    message = r"block \d+ \(roi \[10, 0, 17, 14, 22, 36\]\) cannot be read: chunk 1/1/1 is damaged"
+    message = r"block \d+ \(roi \[10, 0, 147, 14, 22, 300\]\) cannot be read: chunk 1/1/1 is damaged"
     with pytest.raises(ValueError, match=message):
         predict_volume(Damaged(flag), predictor, tmp_path / "x.zarr", num_workers=2, **GRID)
     assert not (tmp_path / "x.zarr").exists()

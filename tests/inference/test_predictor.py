@@ -5,11 +5,16 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from inference_toys import same_partition
+from scipy import ndimage
 from torch import nn
 
 from seg3d_monai.data.intensity import Intensity, measure_intensity
 from seg3d_monai.data.volume import ArrayVolume
-from seg3d_monai.inference.predictor import InstancePredictor
+from seg3d_monai.inference import predict_labels
+from seg3d_monai.inference.mask_paste import resample_logits
+from seg3d_monai.inference.predictor import InstancePredictor, merge_views
 
 SIZE = (6, 10, 14)
 ROI = (0, 0, 0, *SIZE)
@@ -186,6 +191,8 @@ def test_identity_tells_weights_and_settings_apart():
         make(mask_threshold=0.6),
         make(min_voxels=2),
         make(amp="bf16"),
+        make(flips="x"),
+        make(flips="xy"),
     ]
     identities = [p.identity() for p in others]
     assert all(identities.count(i) == 1 and i != plain for i in identities)
@@ -197,3 +204,260 @@ def test_identity_of_a_network_with_scalar_buffers():
     before = make(network).identity()
     network.steps += 1
     assert make(network).identity() != before
+
+
+class Blobs(nn.Module):
+    """Finds connected bright voxels: box a quarter voxel wider on each side, score and logits from their brightness.
+
+    Args:
+        capacity: the most it finds in one image.
+        blind: numbers of the calls that find nothing.
+        stride: boxes end on multiples of this many voxels; None for the quarter voxel.
+    """
+
+    def __init__(self, capacity=None, blind=(), stride=None):
+        super().__init__()
+        self.capacity, self.blind, self.stride = capacity, blind, stride
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(tuple(images.shape))
+        return [self.detect(image[0].numpy()) for image in images]
+
+    def detect(self, image):
+        labels, count = ndimage.label(image > 0.5, np.ones((3, 3, 3)))
+        count = 0 if len(self.seen) - 1 in self.blind else min(count, self.capacity or count)
+        windows = ndimage.find_objects(labels)[:count]
+        low = np.array([[s.start for s in w] for w in windows], np.float32).reshape(-1, 3)
+        high = np.array([[s.stop for s in w] for w in windows], np.float32).reshape(-1, 3)
+        if self.stride is None:
+            low, high = np.maximum(low - 0.25, 0), np.minimum(high + 0.25, image.shape)
+        else:
+            low, high = low // self.stride * self.stride, -(-high // self.stride) * self.stride
+        return {
+            "boxes": torch.from_numpy(np.concatenate([low, high], 1)).float(),
+            "scores": torch.tensor([float(image[w].max()) for w in windows]),
+            "classes": torch.zeros(count, dtype=torch.int64),
+            "mask_logits": [torch.from_numpy(8 * image[w] - 4) for w in windows],
+        }
+
+
+def blobs(shape, seed, count=9):
+    """Bright cuboids of 1 to 3 voxels with bright and dim voxels, on a grid of odd extents; count of at most 9."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros(shape, np.float32)
+    for cell in rng.permutation(9)[:count]:
+        y, x = (int(n * (i + 0.2)) // 3 for n, i in zip(shape[1:], divmod(int(cell), 3), strict=True))
+        z, (d, h, w) = rng.integers(0, shape[0] - 3), rng.integers(1, 4, 3)
+        image[z : z + d, y : y + h, x : x + w] = rng.uniform(0.55, 0.95, (d, h, w))
+    return torch.from_numpy(image)[None]
+
+
+def same(found, wanted):
+    assert found.scores == pytest.approx(wanted.scores, abs=1e-6)
+    assert np.asarray(found.boxes) == pytest.approx(np.asarray(wanted.boxes), abs=1e-5)
+    assert found.classes.tolist() == wanted.classes.tolist()
+    assert all(np.array_equal(a, b) for a, b in zip(found.masks, wanted.masks, strict=True))
+
+
+def predict_one_by_one(predictor, blocks):
+    return [predictor(block, (0, 0, 0, *block.shape[1:])) for block in blocks]
+
+
+def predict_together(predictor, blocks):
+    return predictor.predict_batch(blocks, [(0, 0, 0, *block.shape[1:]) for block in blocks])
+
+
+@pytest.mark.parametrize("flips", ["", "x"])
+def test_blocks_of_one_shape_go_through_the_network_together(flips):
+    shapes = [(7, 13, 21), (5, 17, 19), (7, 13, 21), (7, 13, 21)]
+    blocks = [blobs(shape, seed, count) for seed, (shape, count) in enumerate(zip(shapes, (9, 4, 0, 1), strict=True))]
+    predictor = make(Blobs(), flips=flips)
+    found = predict_together(predictor, blocks)
+    assert [len(f) for f in found] == [9, 4, 0, 1]
+    views = len(flips) + 1
+    assert predictor.network.seen == [(3, 1, 7, 13, 21)] * views + [(1, 1, 5, 17, 19)] * views
+    for one, wanted in zip(found, predict_one_by_one(predictor, blocks), strict=True):
+        same(one, wanted)
+
+
+def test_a_convolution_gives_the_same_in_a_batch_up_to_rounding():
+    class Smoothed(Blobs):
+        def forward(self, images):
+            return super().forward(F.conv3d(images, torch.full((1, 1, 3, 3, 3), 1 / 9), padding=1))
+
+    blocks = [blobs((7, 13, 21), seed) for seed in range(3)]
+    for one, wanted in zip(
+        predict_together(make(Smoothed()), blocks), predict_one_by_one(make(Smoothed()), blocks), strict=True
+    ):
+        assert len(one) > 0
+        same(one, wanted)
+
+
+def test_only_the_crowded_block_of_a_batch_is_looked_at_in_parts():
+    blocks = [blobs((7, 13, 64), seed, count) for seed, count in enumerate((1, 9, 0))]
+    network = Blobs(capacity=8)
+    found = predict_together(make(network), blocks)
+    assert network.seen[0] == (3, 1, 7, 13, 64)
+    assert len(network.seen) > 1
+    assert all(shape[0] == 1 and shape[4] < 64 for shape in network.seen[1:])
+    for one, wanted in zip(found, predict_one_by_one(make(Blobs()), blocks), strict=True):
+        same(one, wanted)
+
+
+def test_a_batch_of_nothing():
+    assert make().predict_batch([], []) == []
+
+
+def test_as_many_rois_as_blocks_and_as_many_results_as_images():
+    with pytest.raises(ValueError, match="2 blocks and 1 rois"):
+        make().predict_batch([torch.zeros(1, *SIZE)] * 2, [ROI])
+    with pytest.raises(ValueError, match="1 results for 2 images"):
+        make().predict_batch([torch.zeros(1, *SIZE)] * 2, [ROI] * 2)
+
+
+@pytest.mark.parametrize("flips", ["x", "y", "z", "xy", ["z", "x"], ("x", "y", "z")])
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_an_equivariant_network_gives_what_it_gives_without_flips(flips, count):
+    block = blobs((7, 13, 21), 3, count)
+    network = Blobs()
+    (found,) = predict_together(make(network, flips=flips), [block])
+    assert len(network.seen) == 2 ** len(flips)
+    assert len(found) == count
+    same(found, make(Blobs())(block, ROI))
+
+
+@pytest.mark.parametrize("blind", [0, 1, 2, 3])
+def test_a_view_that_missed_an_object_counts_as_zero(blind):
+    block = blobs((7, 13, 21), 3)
+    (wanted,) = predict_together(make(Blobs()), [block])
+    found = make(Blobs(blind={blind}), flips="xy", score_threshold=0.1)(block, ROI)
+    wanted.scores = wanted.scores * 3 / 4
+    same(found, wanted)
+    assert len(make(Blobs(blind={blind}), flips="xy", score_threshold=0.95 * 3 / 4)(block, ROI)) == 0
+
+
+def test_a_network_that_ignores_its_input_is_seen_from_both_sides():
+    network = Known(*(value[:1] for value in known().found.values()))
+    found = make(network, flips="x", score_threshold=0.4)(torch.zeros(1, *SIZE), ROI)
+    assert np.asarray(found.boxes).tolist() == [[0, 0, 0, 2, 3, 4], [0, 0, 10, 2, 3, 14]]
+    assert found.scores.tolist() == pytest.approx([0.45, 0.45])
+    assert found.masks[0][0, 0].tolist() == [True, True, False, False]
+    assert found.masks[1][0, 0].tolist() == [False, False, True, True]
+
+
+def test_the_grid_of_a_strided_network_is_mirrored_exactly_on_an_odd_size():
+    """x 5..7 of 17 is 4..8 on a grid of four voxels; mirrored it is 10..12, which gives 8..12, that is 5..9."""
+    block = torch.zeros(1, 8, 8, 17)
+    block[0, 2, 2, 5:7] = 0.75
+    found = make(Blobs(stride=4), flips="x")(block, ROI)
+    assert np.asarray(found.boxes).tolist() == [[0, 0, 4.5, 4, 4, 8.5]]
+    assert found.scores.tolist() == [0.75]
+
+
+def view(*objects):
+    """Detections (x1, x2, score, class, logit) of a row of voxels."""
+    return {
+        "boxes": torch.tensor([[0.0, 0, x1, 2, 3, x2] for x1, x2, *_ in objects]).reshape(-1, 6),
+        "scores": torch.tensor([float(o[2]) for o in objects]),
+        "classes": torch.tensor([o[3] for o in objects], dtype=torch.int64),
+        "mask_logits": [torch.full((1, 1, 2), float(o[4])) for o in objects],
+    }
+
+
+def merged(*views, score_threshold=0.1):
+    found = merge_views(views, score_threshold=score_threshold, mask_threshold=0.5)
+    rows = zip(found["boxes"], found["scores"], found["classes"], found["mask_logits"], strict=True)
+    return [(b[2].item(), b[5].item(), s.item(), c.item(), m.mean().item()) for b, s, c, m in rows]
+
+
+def test_views_are_merged_by_hand():
+    first, second = view((0, 8, 0.9, 0, 5), (20, 24, 0.8, 0, 3)), view((0, 9.5, 0.6, 0, 2.5))
+    wanted = [(0, 8.6, 0.75, 0, 4), (20, 24, 0.4, 0, 3)]
+    for found in (merged(first, second), merged(second, first)):
+        assert found == [pytest.approx(row, rel=1e-6) for row in wanted]
+
+
+@pytest.mark.parametrize(("start", "number"), [(0, 1), (5, 1), (6, 2), (10, 2)])
+def test_views_are_one_object_from_an_iou_of_three_tenths(start, number):
+    assert len(merged(view((0, 10, 0.9, 0, 5)), view((start, start + 10, 0.8, 0, 5)))) == number  # IoU 5/15, 4/16
+
+
+def test_boxes_overlap_but_masks_do_not():
+    views = [view((0, 10, 0.9, 0, 5)), view((0, 10, 0.8, 0, 5))]
+    views[0]["mask_logits"] = [torch.tensor([[[5.0, -5.0]]])]
+    views[1]["mask_logits"] = [torch.tensor([[[-5.0, 5.0]]])]
+    assert [row[2] for row in merged(*views)] == pytest.approx([0.45, 0.4])
+
+
+def test_two_detections_of_one_view_are_never_one_object():
+    twice = view((0, 8, 0.9, 0, 5), (0, 8, 0.3, 0, 5))
+    assert [row[2] for row in merged(twice, twice)] == pytest.approx([0.9, 0.3])
+
+
+def test_classes_are_merged_apart():
+    found = merged(view((0, 8, 0.9, 0, 5), (0, 8, 0.6, 1, 5)), view((0, 8, 0.7, 0, 5), (0, 8, 0.8, 1, 5)))
+    assert [(row[3], row[2]) for row in found] == [(0, pytest.approx(0.8)), (1, pytest.approx(0.7))]
+
+
+def test_a_detection_below_the_threshold_joins_but_begins_nothing():
+    assert merged(view((0, 8, 0.9, 0, 5)), view((0, 8, 0.2, 0, 5), (20, 28, 0.2, 0, 5)), score_threshold=0.5) == [
+        pytest.approx((0, 8, 0.55, 0, 5), rel=1e-6)
+    ]
+
+
+@pytest.mark.parametrize("flips", ["w", "xx", "xyzx", ["xy"], [0]])
+def test_unknown_flips_are_refused(flips):
+    with pytest.raises(ValueError, match="flips is"):
+        make(flips=flips)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 9), (6, 4, 7)])
+def test_resampling_equals_grid_sample(shape):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 5, 7))
+    box, target = (1.5, 2.25, 3, 8, 9.5, 20), (0.5, 3, 1.75, 6.25, 11, 22)
+    axes = []
+    for a in range(3):
+        centre = target[a] + (torch.arange(shape[a]) + 0.5).double() * (target[a + 3] - target[a]) / shape[a]
+        axes.append((centre - box[a]) / (box[a + 3] - box[a]) * 2 - 1)
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1)[None]
+    wanted = F.grid_sample(torch.from_numpy(logits)[None, None], grid, padding_mode="border", align_corners=False)
+    np.testing.assert_allclose(resample_logits(logits, box, target, shape), wanted[0, 0].numpy(), atol=1e-12)
+
+
+def test_a_grid_over_its_own_box_is_left_alone():
+    logits = np.full((2, 3, 4), np.inf)
+    assert resample_logits(logits, (0, 0, 0, 2, 3, 4), (0, 0, 0, 2, 3, 4), (2, 3, 4)) is logits
+
+
+@pytest.mark.parametrize("value", [0, 7, 65_535])
+def test_a_constant_stack_holds_nothing(value):
+    volume = np.full((1, 9, 17, 33), value, np.uint16)
+    labels, table = predict_labels(ArrayVolume(volume), make(Blobs(), intensity=None, flips="x"), progress=False)
+    assert not labels.any()
+    assert len(table) == 0
+
+
+def test_a_stack_that_is_half_saturated():
+    volume = np.random.default_rng(0).integers(0, 9_000, (1, 8, 18, 36)).astype(np.uint16)
+    wanted = np.zeros((8, 18, 36), np.int64)
+    wanted[:, 1:17, 1:17], wanted[:, 1:17, 19:35] = 1, 2
+    volume[0][wanted > 0] = 65_535
+    labels, _ = predict_labels(ArrayVolume(volume), make(Blobs(), intensity=None), progress=False)
+    assert same_partition(labels, wanted)
+
+
+def test_nan_in_a_block_is_refused():
+    block = torch.zeros(1, *SIZE)
+    block[0, 2, 3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"roi \[0, 0, 0, 6, 10, 14\] holds NaN"):
+        make()(block, ROI)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_box_that_is_not_finite_is_refused(value):
+    network = known()
+    network.found["boxes"][1, 3] = value
+    with pytest.raises(ValueError, match="the network returned the box"):
+        make(network)(torch.zeros(1, *SIZE), ROI)

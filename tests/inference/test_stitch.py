@@ -1,17 +1,22 @@
 """The stitching rule on toys counted by hand: 1-D drawings and 6 x 6 x 6 volumes."""
 
 import itertools
+from contextlib import closing
 
 import numpy as np
 import pytest
 from inference_toys import Drawn, Perfect, blank, same_partition, to_instances
 
-from seg3d_monai.inference import Instances, predict_labels
+from seg3d_monai.data.volume import open_volume
+from seg3d_monai.inference import Instances, predict_labels, predict_volume
 from seg3d_monai.inference.blocks import BlockPlan, roi_shape
 from seg3d_monai.inference.instances import PlacedInstance
-from seg3d_monai.inference.journal import Journal, pack_instances
-from seg3d_monai.inference.paint import stitch_blocks
-from seg3d_monai.inference.stitch import Census, Links, group_instances, label_map
+from seg3d_monai.inference.journal import Journal
+from seg3d_monai.inference.paint import paint_block
+from seg3d_monai.inference.run import Run
+from seg3d_monai.inference.evidence import label_map
+from seg3d_monai.inference.stitch import Records, group_instances
+from seg3d_monai.inference.workers import BlockWorker, ThreadWorkers
 
 
 def stitch_1d(views, scores=None, *, size, halo):
@@ -145,38 +150,51 @@ def test_label_map_ties_go_to_the_lower_number():
         assert label_map(order, (0, 0, 2, 1, 1, 4)).ravel().tolist() == [1, 2]
 
 
-def census_of(blocks, own=None, home=None):
+def records_of(blocks, links, own=None, home=None):
+    """links: [(instance, instance of a later block, strength)]."""
     blocks = np.array(blocks)
     count = len(blocks)
-    return Census(
+    lower, higher, strength = (np.array(column) for column in zip(*links, strict=True))
+    return Records(
         first=np.searchsorted(blocks, np.arange(blocks.max() + 2)),
         block=blocks,
         score=np.full(count, 0.9),
         class_index=np.zeros(count, int),
         corner=np.zeros((count, 3), int),
         own=np.full(count, 5) if own is None else np.array(own),
-        home=blocks if home is None else np.array(home),
-        reach=np.zeros((0, 3), int),
+        at_home=np.ones(count, bool) if home is None else np.array(home) == blocks,
+        reaching=np.zeros(0, int),
+        reached=np.zeros(0, int),
+        lower=lower,
+        higher=higher,
+        strength=strength,
     )
 
 
-def test_two_instances_of_one_block_are_never_joined():
-    # instances 0 and 1 in block 0, 2 in block 1, 3 in block 2; the chain 0 - 2 - 3 - 1 is cut at its weakest link
-    census = census_of([0, 0, 1, 2])
-    pairs = np.array([[0, 2], [1, 3], [2, 3]])
-    assert group_instances(census, Links(pairs, np.array([0.9, 0.4, 0.8]))).tolist() == [0, 1, 0, 0]
-    assert group_instances(census, Links(pairs, np.array([0.9, 0.8, 0.4]))).tolist() == [0, 1, 0, 1]
-    # equal evidence: the pair of lower instances goes first
-    assert group_instances(census, Links(pairs, np.full(3, 0.5))).tolist() == [0, 1, 0, 1]
-    # nothing to cut
-    assert group_instances(census, Links(pairs[[0, 2]], np.full(2, 0.5))).tolist() == [0, 1, 0, 0]
+@pytest.mark.parametrize(
+    ("strength", "expected"),
+    [
+        # instances 0 and 1 in block 0, 2 in block 1, 3 in block 2; the chain 0 - 2 - 3 - 1 is cut at its weakest link
+        ((0.9, 0.4, 0.8), [0, 1, 0, 0]),
+        ((0.9, 0.8, 0.4), [0, 1, 0, 1]),
+        # equal evidence: the pair of lower instances goes first
+        ((0.5, 0.5, 0.5), [0, 1, 0, 1]),
+    ],
+)
+def test_two_instances_of_one_block_are_never_joined(strength, expected):
+    pairs = [(0, 2), (1, 3), (2, 3)]
+    links = [(*pair, s) for pair, s in zip(pairs, strength, strict=True)]
+    assert group_instances(records_of([0, 0, 1, 2], links)).tolist() == expected
+
+
+def test_a_chain_with_nothing_to_cut_is_one():
+    assert group_instances(records_of([0, 0, 1, 2], [(0, 2, 0.5), (2, 3, 0.5)])).tolist() == [0, 1, 0, 0]
 
 
 def test_slivers_join_nothing_and_strays_are_dropped():
     # 1 has no voxel of its own; 2 is alone and mostly another block's
-    census = census_of([0, 1, 1, 2], own=[5, 0, 2, 5], home=[0, 0, 2, 2])
-    links = Links(np.array([[0, 1], [1, 3]]), np.array([0.9, 0.9]))
-    assert group_instances(census, links).tolist() == [0, -1, -1, 3]
+    records = records_of([0, 1, 1, 2], [(0, 1, 0.9), (1, 3, 0.9)], own=[5, 0, 2, 5], home=[0, 0, 2, 2])
+    assert group_instances(records).tolist() == [0, -1, -1, 3]
 
 
 def toy(*objects):
@@ -239,29 +257,45 @@ def test_ids_follow_the_blocks_then_the_position():
 
 def test_the_order_of_blocks_does_not_matter():
     rng = np.random.default_rng(5)
-    plan = BlockPlan.make(shape=(6, 9, 8), block_size=(3, 4, 4), halo=(1, 2, 2))
-    views = [to_instances(rng.integers(0, 6, roi_shape(b.read)), dict(enumerate(rng.uniform(size=7)))) for b in plan]
+    shape, grid = (6, 9, 8), ((3, 4, 4), (1, 2, 2))
+    plan = BlockPlan.make(shape=shape, block_size=grid[0], halo=grid[1])
+    views = {
+        b.read: to_instances(rng.integers(0, 6, roi_shape(b.read)), dict(enumerate(rng.uniform(size=7)))) for b in plan
+    }
     painted = []
     for order in itertools.islice(itertools.permutations(range(len(plan))), 0, 10000, 2500):
-        with Journal(":memory:") as journal:
-            for index in order:
-                journal.start_block(index)
-                journal.finish_block(index, pack_instances(views[index].place(plan[index].read)))
-            stitched = stitch_blocks(plan, journal)
-            painted.append([stitched.paint(i).tolist() for i in range(len(plan))])
+        worker = BlockWorker(plan, [blank(shape)], [lambda _, roi: views[roi]])
+        with Journal(":memory:") as journal, closing(ThreadWorkers(worker)) as workers:
+            run = Run(plan=plan, journal=journal, workers=workers)
+            run._batches = lambda missing, order=order: [(i,) for i in order]
+            run.predict()
+            stitched = run.stitch()
+            painted.append(
+                [
+                    p.values[p.slots].tolist()
+                    for p in (paint_block(plan, journal, stitched.claims(b.index)) for b in plan)
+                ]
+            )
     assert painted[0] == painted[1] == painted[2] == painted[3]
 
 
-def test_a_threshold_makes_instances_vanish():
-    plan = BlockPlan.make(shape=(1, 1, 12), block_size=(1, 1, 6), halo=(0, 0, 3))
+def test_a_threshold_makes_instances_vanish(tmp_path):
     predictor = Drawn([(0, "aa..bbbbb"), (3, ".bbbbb...")], {"a": 0.4, "b": 0.8})
-    with Journal(":memory:") as journal:
-        for block in plan:
-            rows = pack_instances(predictor(None, block.read).place(block.read))
-            journal.start_block(block.index)
-            journal.finish_block(block.index, rows)
-        assert stitch_blocks(plan, journal).num_objects == 2
-        stitched = stitch_blocks(plan, journal, min_score=0.5)
-        assert stitched.num_objects == 1
-        assert stitched.paint(0).ravel().tolist() == [0, 0, 0, 0, 1, 1]
-        assert stitch_blocks(plan, journal, min_score=0.9).num_objects == 0
+    for threshold, count in ((None, 2), (0.5, 1), (0.9, 0)):
+        done = predict_volume(
+            blank((1, 1, 12)),
+            predictor,
+            tmp_path / f"{threshold}.zarr",
+            (1, 1, 6),
+            (0, 0, 3),
+            score_threshold=threshold,
+        )
+        assert done.num_objects == count
+
+
+@pytest.mark.parametrize(("min_volume", "expected"), [(0, "11..22222..."), (3, "....11111..."), (6, "............")])
+def test_small_objects_are_left_out(min_volume, expected, tmp_path):
+    predictor = Drawn([(0, "aa..bbbbb"), (3, ".bbbbb...")])
+    predict_volume(blank((1, 1, 12)), predictor, tmp_path / "x.zarr", (1, 1, 6), (0, 0, 3), min_volume=min_volume)
+    labels = open_volume(tmp_path / "x.zarr").read((0, 0, 0, 1, 1, 12))
+    assert "".join("." if v == 0 else str(v) for v in labels.ravel()) == expected

@@ -20,13 +20,22 @@ def write(folder, *, version="0.5", spacing_um=(2.0, 0.5, 0.5), dtype="uint32", 
     plan = BlockPlan.make(shape=shape, block_size=(3, 128, 100), halo=(1, 4, 4))
     labels = np.arange(np.prod(shape)).reshape(shape) // 777
     writer = LabelWriter(
-        folder, plan, dtype=dtype, spacing_um=spacing_um, version=version, provenance={"bundle": "toy"}
+        folder,
+        plan,
+        dtype=dtype,
+        spacing_um=spacing_um,
+        version=version,
+        facts={"provenance": {"bundle": "toy"}},
+        image=None if image is None else (image.shape[0], image.dtype),
     )
+    writer.create()
     for block in list(plan)[::order]:
-        writer.write(block.owned, labels[roi_slices(block.owned)])
-    if image is not None:
-        writer.copy_image(image, progress=False)
-    writer.finish(progress=False)
+        writer.write(block, labels[roi_slices(block.owned)])
+        if image is not None:
+            writer.copy(block, image.read(block.owned))
+    for name in writer.coarse_arrays():
+        for tile in list(range(writer.num_tiles(name)))[::order]:
+            writer.build_tile(name, tile)
     assert not folder.exists()
     writer.publish()
     return labels

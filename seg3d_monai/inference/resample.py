@@ -1,0 +1,263 @@
+"""A predictor of one voxel size on a stack of another: blocks are resampled on the fly, instances brought back.
+
+The model's voxels are counted from the corner of the volume, never from that of the block, and their values are summed
+in an order of their own, so two blocks that see the same place see the same bits. Coarser voxels are the mean of what
+they cover, which keeps out what they cannot show (aliasing), finer ones are interpolated linearly, masks alike.
+This file knows no network and no files.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from seg3d_monai.data.volume import Volume, check_spacing
+from seg3d_monai.inference.blocks import Roi, roi_shape
+from seg3d_monai.inference.instances import Instances
+
+TOLERANCE = 0.02
+"""An axis whose voxel sizes differ by less is left alone: resampling would blur it and gain nothing."""
+MOST_RATIO = 50.0
+"""Voxel sizes that differ by more are taken for a mistake in the unit."""
+
+_SLACK = 1e-9  # of a voxel: rounding must not add a plane to the grid
+_TIE = 1e-4  # of a voxel: a centre on the face of a mask belongs to the upper side, as half-open boxes have it
+
+Step = tuple[float, float, float]
+
+
+class ResamplingPredictor:
+    """Callable (block, roi) -> Instances around a predictor that was made for voxels of another size.
+
+    The predictor gets blocks in its own voxel size, and as their roi the place in the volume resampled as a whole.
+    Its instances come back in voxels of the input, clipped to the block; where no voxel is half covered by a mask, that
+    mask comes back empty. A voxel of the model at an inner face of a block is made of the part that the block
+    sees: of a halo, the outermost voxel (of the larger of the two sizes) gives no full context, so a halo should be
+    longer by that. Where all sizes agree to 2 % blocks and instances pass untouched.
+
+    Args:
+        predictor: callable (block: float32 Tensor [C, d, h, w], roi) -> Instances.
+        spacing_um: (z, y, x) micrometres per voxel that it was made for.
+        volume_spacing_um: (z, y, x) micrometres per voxel of the stack; `for_volume` takes it from the volume.
+
+    Raises:
+        ValueError: a spacing is not three positive numbers, or they differ more than fifty-fold along an axis.
+    """
+
+    def __init__(
+        self, predictor: Any, *, spacing_um: Sequence[float], volume_spacing_um: Sequence[float] | None = None
+    ) -> None:
+        self.predictor = predictor
+        self.spacing_um = check_spacing(spacing_um)
+        self.volume_spacing_um = None if volume_spacing_um is None else check_spacing(volume_spacing_um)
+        if self.volume_spacing_um is not None:
+            _check_ratio(self.spacing_um, self.volume_spacing_um)
+
+    def for_volume(self, volume: Volume) -> ResamplingPredictor:
+        """The same predictor bound to the voxel size of one volume; the inner one is bound to the volume as it is.
+
+        Raises:
+            ValueError: the volume does not know its voxel size, or it differs more than fifty-fold along an axis.
+        """
+        if volume.spacing_um is None:
+            raise ValueError(
+                f"{volume.path or 'the volume'} does not say its voxel size, and the predictor was made for "
+                f"{list(self.spacing_um)} micrometre (z, y, x); pass --spacing '[z,y,x]'"
+            )
+        spacing = check_spacing(volume.spacing_um)
+        _check_ratio(self.spacing_um, spacing)
+        bound = copy.copy(self)
+        bound.volume_spacing_um = spacing
+        if hasattr(self.predictor, "for_volume"):
+            bound.predictor = self.predictor.for_volume(volume)
+        return bound
+
+    def identity(self) -> dict[str, Any]:
+        """Facts that tell predictors apart: those of the inner one and the voxel size that it sees."""
+        kind = self.predictor if hasattr(self.predictor, "__qualname__") else type(self.predictor)
+        named = {"type": f"{kind.__module__}.{kind.__qualname__}"}
+        return {
+            "resampled_to_um": list(self.spacing_um),
+            "predictor": self.predictor.identity() if hasattr(self.predictor, "identity") else named,
+        }
+
+    def __call__(self, block: Tensor, roi: Roi) -> Instances:
+        """Instances of one block.
+
+        Args:
+            block: float32 [C, d, h, w], raw voxels.
+            roi: (z1, y1, x1, z2, y2, x2) of the block in the volume.
+
+        Raises:
+            ValueError: not bound to a volume.
+            TypeError: the inner predictor does not return Instances.
+        """
+        step = self._step()
+        found = self.predictor(resample(block, roi, step), resampled_roi(roi, step))
+        return restore(found, roi, step)
+
+    @property
+    def predict_batch(self) -> Callable[[Sequence[Tensor], Sequence[Roi]], list[Instances]]:
+        """Instances of several blocks, as `__call__` finds them in one; missing where the inner predictor has none."""
+        inner = self.predictor.predict_batch
+
+        def predict(blocks: Sequence[Tensor], rois: Sequence[Roi]) -> list[Instances]:
+            step = self._step()
+            resampled = [resample(block, roi, step) for block, roi in zip(blocks, rois, strict=True)]
+            found = inner(resampled, [resampled_roi(roi, step) for roi in rois])
+            return [restore(instances, roi, step) for instances, roi in zip(found, rois, strict=True)]
+
+        return predict
+
+    def _step(self) -> Step:
+        """Voxels of the input per voxel of the model."""
+        if self.volume_spacing_um is None:
+            raise ValueError("the predictor knows no voxel size of the stack; call for_volume(volume) first")
+        ratios = (model / stack for model, stack in zip(self.spacing_um, self.volume_spacing_um, strict=True))
+        z, y, x = (1.0 if abs(ratio - 1) <= TOLERANCE else ratio for ratio in ratios)
+        return z, y, x
+
+
+def resampled_roi(roi: Roi, step: Step) -> Roi:
+    """The smallest ROI of the resampled volume that covers a ROI of the volume.
+
+    Args:
+        roi: (z1, y1, x1, z2, y2, x2), voxels of the volume.
+        step: (z, y, x) voxels of the volume per resampled voxel.
+    """
+    z1, y1, x1 = (math.floor(v / s + _SLACK) for v, s in zip(roi[:3], step, strict=True))
+    z2, y2, x2 = (math.ceil(v / s - _SLACK) for v, s in zip(roi[3:], step, strict=True))
+    return z1, y1, x1, z2, y2, x2
+
+
+def resample(block: Tensor, roi: Roi, step: Step) -> Tensor:
+    """A block in voxels of another size.
+
+    Args:
+        block: floating [C, d, h, w].
+        roi: (z1, y1, x1, z2, y2, x2) of the block in the volume.
+        step: (z, y, x) voxels of the volume per resampled voxel.
+
+    Returns:
+        [C, *roi_shape(resampled_roi(roi, step))] of the block's dtype; the block itself where every step is 1. Voxels
+        whose sources the block holds have the same bits whichever block they are made from.
+    """
+    grid = resampled_roi(roi, step)
+    for axis in sorted(range(3), key=lambda a: -step[a]):  # what shrinks comes first: the others have less to do
+        if step[axis] != 1:
+            target, bounds = np.arange(grid[axis], grid[axis + 3]), (roi[axis], roi[axis + 3])
+            block = _resample_axis(block, axis + 1, target, bounds, step[axis])
+    return block
+
+
+def restore(found: Instances, roi: Roi, step: Step) -> Instances:
+    """Instances of a resampled block in the frame of the block itself.
+
+    Args:
+        found: instances in the frame of `resample(block, roi, step)`.
+        roi: (z1, y1, x1, z2, y2, x2) of the block in the volume.
+        step: (z, y, x) voxels of the volume per resampled voxel.
+
+    Returns:
+        As many instances, clipped to the block. A box grows where its mask reaches beyond it.
+
+    Raises:
+        TypeError: `found` is not Instances.
+    """
+    if not isinstance(found, Instances):
+        raise TypeError(f"the predictor returned {type(found).__name__}; return seg3d_monai.inference.Instances")
+    if step == (1.0, 1.0, 1.0):
+        return found
+    grid = resampled_roi(roi, step)
+    extent = np.array(roi_shape(roi))
+    boxes = (found.boxes.astype(np.float64) + np.tile(grid[:3], 2)) * np.tile(step, 2) - np.tile(roi[:3], 2)
+    boxes = boxes.clip(0, np.tile(extent, 2))
+    masks = []
+    for box, model_box, mask in zip(boxes, found.boxes, found.masks, strict=True):
+        # A mask's voxels reach less than one voxel of the model beyond its box.
+        low = np.floor(box[:3] - step).astype(int).clip(0)
+        high = np.ceil(box[3:] + step).astype(int).clip(max=extent)
+        first = np.floor(model_box[:3]).astype(int) + grid[:3]
+        voxels = _restore_mask(mask, first, low + roi[:3], high + roi[:3], grid, step)
+        if voxels.any():
+            places = [np.flatnonzero(voxels.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+            box[:3] = np.minimum(box[:3], low + [p[0] for p in places])
+            box[3:] = np.maximum(box[3:], low + [p[-1] + 1 for p in places])
+        start, stop = np.floor(box[:3]).astype(int) - low, np.ceil(box[3:]).astype(int) - low
+        masks.append(voxels[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))])
+    return Instances(boxes=boxes, scores=found.scores, classes=found.classes, masks=masks)
+
+
+def _restore_mask(
+    mask: NDArray[np.bool_], first: Sequence[int], low: Sequence[int], high: Sequence[int], grid: Roi, step: Step
+) -> NDArray[np.bool_]:
+    """The voxels low .. high of the volume, for a mask that starts at voxel `first` of the resampled one."""
+    if not mask.any():
+        return np.zeros(np.subtract(high, low), dtype=bool)
+    covered = mask.astype(np.float32)
+    for axis in range(3):
+        target = np.arange(low[axis], high[axis]) + _TIE
+        source, weights = _taps(target, (grid[axis], grid[axis + 3]), 1 / step[axis])
+        source -= first[axis]
+        weights[(source < 0) | (source >= mask.shape[axis])] = 0
+        # In numpy: a mask is small, and threads that wait for each other would take longer than the work.
+        result = np.zeros((*covered.shape[:axis], len(target), *covered.shape[axis + 1 :]), dtype=np.float32)
+        for tap in range(source.shape[1]):
+            weight = weights[:, tap].astype(np.float32).reshape(-1, *(1,) * (2 - axis))
+            result += covered.take(source[:, tap], axis, mode="clip") * weight
+        covered = result
+    return covered > 0.5
+
+
+def _resample_axis(block: Tensor, dim: int, target: NDArray[np.int64], bounds: tuple[int, int], step: float) -> Tensor:
+    source, weights = _taps(target, bounds, step)
+    index = torch.from_numpy(source.clip(bounds[0], bounds[1] - 1) - bounds[0]).to(block.device)
+    weight = torch.from_numpy(weights).to(block.device, block.dtype)
+    shape = (-1, *(1,) * (block.ndim - 1 - dim))
+    result = block.index_select(dim, index[:, 0]).mul_(weight[:, 0].view(shape))
+    for tap in range(1, index.shape[1]):
+        # Products are rounded before they are added, tap by tap: a matrix product or a fused addcmul sums in an
+        # order, or with a rounding, that depends on the place in the block.
+        if weights[:, tap].any():
+            result += block.index_select(dim, index[:, tap]).mul_(weight[:, tap].view(shape))
+    return result
+
+
+def _taps(target: NDArray[Any], bounds: tuple[int, int], step: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Which source voxels make up target voxels along an axis, and their shares.
+
+    Args:
+        target: [K] places in the grid whose voxels are `step` source voxels long; fractions move the voxel.
+        bounds: first and last + 1 of the source voxels that there are; both grids start at the volume's corner.
+        step: source voxels per target voxel. Above 1 a voxel is the mean of what it covers, at the bounds of the part
+            inside; else it is interpolated linearly, constant past the outermost centres.
+
+    Returns:
+        places [K, T], shares [K, T] that sum to 1; a place out of bounds has no share.
+    """
+    start, stop = bounds
+    column = target[:, None]
+    if step > 1:
+        source = np.floor(column * step).astype(np.int64) + np.arange(math.ceil(step) + 1)
+        overlap = np.minimum((column + 1) * step, source + 1) - np.maximum(column * step, source)
+        weights = np.where((source >= start) & (source < stop), overlap.clip(0), 0.0)
+        return source, weights / weights.sum(1, keepdims=True)
+    position = ((column + 0.5) * step - 0.5).clip(start, stop - 1)
+    source = np.floor(position).astype(np.int64) + np.arange(2)
+    return source, 1 - np.abs(position - source)
+
+
+def _check_ratio(model: Step, stack: Step) -> None:
+    for axis, a, b in zip("zyx", model, stack, strict=True):
+        if max(a / b, b / a) > MOST_RATIO:
+            raise ValueError(
+                f"spacing along {axis} is {b} micrometre in the stack and {a} in what the predictor was made for; "
+                "pass the stack's with --spacing '[z,y,x]', in micrometre"
+            )
