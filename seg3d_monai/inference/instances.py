@@ -130,7 +130,7 @@ class Instances:
             if (first >= stop).any():
                 continue
             mask = mask[tuple(slice(int(a), int(b)) for a, b in zip(first, stop, strict=True))]
-            plane: NDArray[np.bool_] = mask.any(axis=0)
+            plane = np.asarray(mask.any(axis=0))
             ranges = [np.flatnonzero(line) for line in (mask.any(axis=(1, 2)), plane.any(axis=1), plane.any(axis=0))]
             if ranges[0].size == 0:
                 continue

@@ -121,6 +121,30 @@ def _is_wanted(row: PackedInstance, roi: Roi | None, min_score: float | None) ->
     return roi is None or (z1 < roi[3] and y1 < roi[4] and x1 < roi[5] and z2 > roi[0] and y2 > roi[1] and x2 > roi[2])
 
 
+class _Connection(sqlite3.Connection):
+    """A connection that says "disk full" as the operating system does."""
+
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        with _disk_full():
+            return super().execute(*args)
+
+    def executemany(self, *args: Any) -> sqlite3.Cursor:
+        with _disk_full():
+            return super().executemany(*args)
+
+
+@contextmanager
+def _disk_full() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "full" in str(error):
+            raise OSError(
+                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; the same command goes on", "the journal"
+            ) from error
+        raise
+
+
 class JournalInUseError(ValueError):
     """Another run holds the journal."""
 
@@ -137,7 +161,7 @@ class Journal:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self._db = sqlite3.connect(self.path, timeout=1.0, isolation_level=None)
+        self._db = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, factory=_Connection)
         try:
             # The exclusive lock keeps a second driver out; it goes with the process, however that ends.
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -336,11 +360,9 @@ class Journal:
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
-        except BaseException as error:
+        except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path) from error
             raise
 
 

@@ -93,7 +93,7 @@ def measure_objects(
             OUTPUT X.zarr.
         atlas: label volume of regions, path or open volume, with a shape and voxel size of its own. Its first corner is
             the labels' first corner; a voxel has the region of the atlas voxel that its centre lies in.
-        axes: axes of the stored image, if its metadata do not say; for a path only, as the next but one to four.
+        axes: axes of the stored image, if its metadata do not say; like channels and level for a path only.
         spacing: (z, y, x) micrometre per voxel; overrides that of labels and image.
         channels: channels to measure; None measures all.
         time: time point of the image, and of OUTPUT if that is a series too. If it is a series of some time points of

@@ -236,7 +236,7 @@ def predict_volume(
     input_identity = _identity_of_all(volumes)
 
     stored = _look_at_journal(paths, restart)
-    is_repaired = stored is not None and _is_repaired(stored, facts, input_identity, output)
+    is_repaired = stored is not None and _is_repaired(stored, facts, input_identity, output, plan, volumes)
     if volume.spacing_um is None:
         warnings.warn(
             "the voxel spacing is unknown: sizes in micrometer are null; pass spacing (z, y, x) to set it", stacklevel=2
@@ -251,7 +251,7 @@ def predict_volume(
             0,
             stored["num_objects"],
             already_finished=True,
-            holes=stored["holes"],
+            holes=tuple(stored["holes"].values()),
         )
     if dry_run:
         num_empty = len(_empty_blocks(plan, volumes, foreground, skip_empty, skip_below, progress))
@@ -635,24 +635,40 @@ def _look_at_journal(paths: _Paths, restart: bool) -> dict[str, Any] | None:
                     raise ValueError(
                         f"{paths.output} exists but the run in {paths.journal} did not write it; pass --restart"
                     )
-                return stored | {"holes": tuple(journal.unreadable().values())}
+                return stored | {"holes": journal.unreadable()}
     for found in paths.results():
         if found.exists():
             raise ValueError(f"{found} exists without the journal of its run; choose another OUTPUT or pass --restart")
     return None
 
 
-def _is_repaired(stored: dict[str, Any], facts: dict[str, Any], input_identity: dict[str, Any], output: Path) -> bool:
+def _is_repaired(
+    stored: dict[str, Any],
+    facts: dict[str, Any],
+    input_identity: dict[str, Any],
+    output: Path,
+    plan: BlockPlan,
+    volumes: Sequence[Any],
+) -> bool:
     """Whether the input was repaired after a failed reading; refuses every other difference."""
     begun = "finished" if stored["state"] == FINISHED else "begun"
     difference = describe_difference(stored["plan"], facts)
     if difference is None:
         difference = describe_difference(stored["input"], input_identity, "input.")
-        if difference is None:
-            return False
-        if stored["holes"]:
+        if stored["holes"] and difference is not None:
             return True
+        if difference is None:
+            # The identity is of a sample: a repaired chunk elsewhere shows only when it is read.
+            return stored["state"] != PREDICTING and any(_is_readable(plan[b], volumes) for b in stored["holes"])
     raise ValueError(f"{output} was {begun} with another plan ({difference}); pass --restart to start anew")
+
+
+def _is_readable(block: Block, volumes: Sequence[Any]) -> bool:
+    try:
+        volumes[block.time].read(block.read)
+    except Exception:  # of any reader
+        return False
+    return True
 
 
 def _table_formats(table: str | Sequence[str]) -> tuple[str, ...]:

@@ -141,7 +141,7 @@ class RayWorkers:
             if not call.future.cancel():
                 call.future.set_exception(RuntimeError(f"{call} was given up: the workers were closed"))
         for worker in workers:
-            self._ray.kill(worker.actor)
+            self._kill(worker)
         self._threads.shutdown()
         if self._is_own_connection:
             self._ray.shutdown()
@@ -169,6 +169,7 @@ class RayWorkers:
         """See one call through, in a thread of its own."""
         pickle, errors = self._ray.cloudpickle, self._ray.exceptions
         try:
+            self._check_connected()
             # Pickled here, not by Ray: its arrays are read-only and stay in the object store for as long as they live.
             result = pickle.loads(self._ray.get(worker.actor.call.remote(call.method, pickle.dumps(call.args))))
         except errors.RayTaskError as error:
@@ -214,6 +215,7 @@ class RayWorkers:
             with self._lock:
                 if self._closed:
                     return
+                self._check_connected()
                 worker = _Worker(self._actor_class.remote())
                 self._workers.append(worker)
             try:
@@ -259,8 +261,17 @@ class RayWorkers:
             if worker not in self._workers:
                 return False
             self._workers.remove(worker)
-        self._ray.kill(worker.actor)  # it may be out of reach rather than dead
+        self._kill(worker)  # it may be out of reach rather than dead
         return True
+
+    def _kill(self, worker: _Worker) -> None:
+        if self._ray.is_initialized():
+            self._ray.kill(worker.actor)
+
+    def _check_connected(self) -> None:
+        # Without this, Ray would start a new local instance on its own at the next call.
+        if not self._ray.is_initialized():
+            raise RuntimeError("Ray was shut down while its workers were in use; close them first")
 
     def _describe_lack(self) -> str:
         has, free = self._ray.cluster_resources(), self._ray.available_resources()
@@ -346,6 +357,7 @@ def _connect(ray: Any, address: str | None, *, num_cpus: int) -> None:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unless its user says so
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # else an idle process for each CPU asked for
         ray.init(
             address="local",  # None would join a cluster named by RAY_ADDRESS
             num_cpus=num_cpus,

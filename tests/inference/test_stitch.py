@@ -10,11 +10,11 @@ from inference_toys import Drawn, Perfect, blank, same_partition, to_instances
 from seg3d_monai.data.volume import open_volume
 from seg3d_monai.inference import Instances, predict_labels, predict_volume
 from seg3d_monai.inference.blocks import BlockPlan, roi_shape
+from seg3d_monai.inference.evidence import label_map
 from seg3d_monai.inference.instances import PlacedInstance
 from seg3d_monai.inference.journal import Journal
 from seg3d_monai.inference.paint import paint_block
 from seg3d_monai.inference.run import Run
-from seg3d_monai.inference.evidence import label_map
 from seg3d_monai.inference.stitch import Records, group_instances
 from seg3d_monai.inference.workers import BlockWorker, ThreadWorkers
 

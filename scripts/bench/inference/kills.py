@@ -26,7 +26,8 @@ from seg3d_monai.inference.journal import Journal
 KILLS = {1: 14, 2: 6}
 QUICK_KILLS = {1: 1}
 """Number of workers -> runs that are killed."""
-SHAPE, TILE, PITCH, CHUNKS = (64, 192, 224), (64, 96, 112), (16, 24, 28), (32, 48, 56)
+SHAPE, QUICK_SHAPE, TILE = (64, 192, 224), (32, 96, 112), (64, 96, 112)
+PITCH, CHUNKS = (16, 24, 28), (32, 48, 56)
 GRID: dict[str, Any] = {"block_size": (16, 50, 60), "halo": (5, 10, 12)}
 PAUSE_S = 0.05
 METHOD = (
@@ -78,7 +79,8 @@ def measure_kills(folder: Path, is_quick: bool) -> list[Row]:
         folder: for the stack and the outputs.
         is_quick: a single kill.
     """
-    stack = write_tiled(folder / "kills_stack.zarr", blob_tile(TILE, PITCH), SHAPE, CHUNKS)
+    shape = QUICK_SHAPE if is_quick else SHAPE
+    stack = write_tiled(folder / "kills_stack.zarr", blob_tile(TILE, PITCH), shape, CHUNKS)
     return [
         measure_killed(folder, stack, num_workers, num_kills)
         for num_workers, num_kills in (QUICK_KILLS if is_quick else KILLS).items()

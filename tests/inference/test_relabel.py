@@ -1,0 +1,93 @@
+"""Painting again from the journal: the same as predicting with those thresholds."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from inference_toys import Jittered, blank, tissue_seeds, tree_digest
+
+from seg3d_monai.inference import predict_volume, relabel_volume
+from seg3d_monai.inference.writer import LabelWriter
+
+SHAPE = (14, 40, 36)
+GRID = {"block_size": (6, 18, 20), "halo": (2, 4, 3), "progress": False}
+PREDICTOR = Jittered(tissue_seeds(SHAPE, (7, 14, 12), seed=2), 1.0)
+OPTIONS = [{"score_threshold": 0.7}, {"min_volume": 700}, {"score_threshold": 0.6, "min_volume": 500}]
+
+
+def files(folder):
+    return tree_digest(folder / "x.zarr"), (folder / "x.instances.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("copy_image", [False, True])
+def test_relabel_is_predict_with_other_thresholds(tmp_path, options, copy_image):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    expected = predict_volume(blank(SHAPE), PREDICTOR, tmp_path / "a/x.zarr", copy_image=copy_image, **options, **GRID)
+    first = predict_volume(blank(SHAPE), PREDICTOR, tmp_path / "b/x.zarr", copy_image=copy_image, **GRID)
+    done = relabel_volume(tmp_path / "b/x.zarr", progress=False, **options)
+    assert done.num_predicted == 0
+    assert 0 < done.num_objects < first.num_objects
+    assert done.num_objects == expected.num_objects
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    # the journal knows: the same prediction is finished, the old one is another plan
+    assert predict_volume(
+        blank(SHAPE), PREDICTOR, tmp_path / "b/x.zarr", copy_image=copy_image, **options, **GRID
+    ).already_finished
+    with pytest.raises(ValueError, match="finished with another plan"):
+        predict_volume(blank(SHAPE), PREDICTOR, tmp_path / "b/x.zarr", copy_image=copy_image, **GRID)
+
+
+def test_objects_below_the_volume_are_gone(tmp_path):
+    predict_volume(blank(SHAPE), PREDICTOR, tmp_path / "x.zarr", **GRID)
+    before = pd.read_parquet(tmp_path / "x.instances.parquet")
+    relabel_volume(tmp_path / "x.zarr", min_volume=400, progress=False)
+    after = pd.read_parquet(tmp_path / "x.instances.parquet")
+    kept = before[before["volume_voxels"] >= 400]
+    assert 0 < len(kept) < len(before)
+    assert len(after) == len(kept)
+    # what a small object had hidden may have become visible
+    assert (after["volume_voxels"].to_numpy() >= kept["volume_voxels"].to_numpy()).all()
+
+
+@pytest.mark.parametrize(("name", "after"), [("create", 0), ("write", 4), ("publish", 0)])
+def test_a_stopped_relabel_goes_on_and_the_old_output_stays(tmp_path, monkeypatch, name, after):
+    predict_volume(blank(SHAPE), PREDICTOR, tmp_path / "x.zarr", **GRID)
+    before = tree_digest(tmp_path / "x.zarr")
+    original, calls = getattr(LabelWriter, name), []
+
+    def stop(self, *args):
+        calls.append(args)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelWriter, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            relabel_volume(tmp_path / "x.zarr", score_threshold=0.7, progress=False)
+    assert tree_digest(tmp_path / "x.zarr") == before
+    relabel_volume(tmp_path / "x.zarr", score_threshold=0.7, progress=False)
+    (tmp_path / "new").mkdir()
+    predict_volume(blank(SHAPE), PREDICTOR, tmp_path / "new/x.zarr", score_threshold=0.7, **GRID)
+    assert files(tmp_path) == files(tmp_path / "new")
+
+
+def test_what_was_never_kept_cannot_come_back(tmp_path):
+    predict_volume(blank(SHAPE), PREDICTOR, tmp_path / "x.zarr", identity={"score_threshold": 0.5}, **GRID)
+    with pytest.raises(ValueError, match=r"score_threshold is 0\.3, but instances below 0\.5 were not kept"):
+        relabel_volume(tmp_path / "x.zarr", score_threshold=0.3)
+
+
+def test_relabel_needs_a_finished_prediction(tmp_path):
+    with pytest.raises(FileNotFoundError, match="journal"):
+        relabel_volume(tmp_path / "x.zarr", min_volume=3)
+
+    def fail(block, roi):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        predict_volume(blank(SHAPE), fail, tmp_path / "x.zarr", **GRID)
+    with pytest.raises(ValueError, match="not predicted yet"):
+        relabel_volume(tmp_path / "x.zarr", min_volume=3)
+    assert not np.any([path.suffix == ".zarr" for path in tmp_path.iterdir()])
