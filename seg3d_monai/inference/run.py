@@ -67,9 +67,9 @@ class Run:
         """
         finished = self.journal.finished()
         missing = [index for index in range(len(self.plan)) if index not in finished]
-        # What was left as a hole is tried again, and its neighbours were linked without it.
+        # What was left as a hole is tried again; it and its neighbours were linked without it.
         holes = self.journal.blocks_in_state(UNREADABLE)
-        self.journal.forget_links({after for hole in holes for after in self.plan.neighbours(hole) if after > hole})
+        self.journal.forget_links({near for hole in holes for near in [hole, *self.plan.neighbours(hole)]})
         self._work(missing, on_first)
         return len(missing)
 

@@ -5,17 +5,19 @@ The exit code is 0 whether bars are met or not: they are for people to read.
 
 import argparse
 import datetime
+import importlib
 import json
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench.inference.bars import Row, verdicts
+from bench.inference.bars import verdicts
+from bench.inference.options import Options
 
+# Each is a module with a METHOD and measure(options) -> rows of the report.
 SECTIONS = ("seams", "exact", "whole", "memory", "workers", "kills")
 NEED_WEIGHTS = ("whole", "workers")
 DESCRIPTION = (
@@ -64,26 +66,19 @@ def main() -> None:
 
     from bench import environment
     from bench.inference import report
-    from bench.inference.kills import measure_kills
-    from bench.inference.memory import measure_memory
-    from bench.inference.model import train
-    from bench.inference.seams import measure_exact, measure_seams
-    from bench.inference.whole import measure_whole
-    from bench.inference.workers import measure_workers
 
     torch.set_num_threads(arguments.threads)
-    is_quick = arguments.quick
     result: dict[str, Any] = {
         "benchmark": "bench_inference",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["scripts/bench_inference", *sys.argv[1:]]),
-        "is_quick": is_quick,
+        "is_quick": arguments.quick,
         "device": "cpu",
         "threads": arguments.threads,
         "hardware": environment.hardware("cpu"),
         "versions": environment.versions(),
         "operators": environment.operators(),
-        "method": report.METHOD,
+        "method": "",
         "weights": None,
         **{section: [] for section in (*SECTIONS, "bars")},
     }
@@ -91,20 +86,18 @@ def main() -> None:
         folder, checkpoint = Path(temporary).absolute(), arguments.checkpoint
         if checkpoint is not None:
             result["weights"] = f"given: {checkpoint.name}"
-        elif not is_quick and set(NEED_WEIGHTS) & set(arguments.only):
+        elif not arguments.quick and set(NEED_WEIGHTS) & set(arguments.only):
+            from bench.inference.model import train
+
             checkpoint = train(folder / "training", arguments.minutes)
             result["weights"] = f"trained for {arguments.minutes:g} minutes"
-        jobs: dict[str, Callable[[], list[Row]]] = {
-            "seams": lambda: measure_seams(is_quick),
-            "exact": lambda: measure_exact(is_quick),
-            "whole": lambda: measure_whole(folder, checkpoint, is_quick),
-            "memory": lambda: measure_memory(folder, arguments.threads, is_quick),
-            "workers": lambda: measure_workers(folder, checkpoint, is_quick),
-            "kills": lambda: measure_kills(folder, is_quick),
-        }
+        options = Options(folder=folder, checkpoint=checkpoint, threads=arguments.threads, is_quick=arguments.quick)
         for section in (section for section in SECTIONS if section in arguments.only):
             start = time.perf_counter()
-            result[section] = jobs[section]()
+            # Only what was asked for is imported: the bundle's sections take several seconds for that.
+            module = importlib.import_module(f"bench.inference.{section}")
+            result[section] = module.measure(options)
+            result["method"] = f"{result['method']} {module.METHOD}".lstrip()
             result["bars"] = list(verdicts(result))
             # What goes on is said on stderr; stdout holds the report alone.
             print(f"{section} took {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from bench.inference.bars import Row
+from bench.inference.options import Options
 from bench.inference.stacks import SPACING_UM, ThresholdPredictor, blob_tile, write_tiled
 from seg3d_monai.inference import predict_volume
 from seg3d_monai.inference.journal import Journal
@@ -72,13 +73,9 @@ def num_repeated(killed: Progress, resumed: Progress) -> int:
     )
 
 
-def measure_kills(folder: Path, is_quick: bool) -> list[Row]:
-    """One row for each number of workers.
-
-    Args:
-        folder: for the stack and the outputs.
-        is_quick: a single kill.
-    """
+def measure(options: Options) -> list[Row]:
+    """One row for each number of workers."""
+    folder, is_quick = options.folder, options.is_quick
     shape = QUICK_SHAPE if is_quick else SHAPE
     stack = write_tiled(folder / "kills_stack.zarr", blob_tile(TILE, PITCH), shape, CHUNKS)
     return [

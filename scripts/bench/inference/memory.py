@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bench.inference.bars import Row
+from bench.inference.options import Options
 from bench.inference.stacks import SPACING_UM, ThresholdPredictor, Triple, blob_tile, write_tiled
 from bench.memory import ResidentPeak
 from seg3d_monai.inference import predict_volume
@@ -29,22 +30,17 @@ METHOD = (
 )
 
 
-def measure_memory(folder: Path, threads: int, is_quick: bool) -> list[Row]:
-    """One row: the peaks of both stacks, and their ratio (None where the system does not tell a process its peak).
-
-    Args:
-        folder: for the stacks and the outputs.
-        threads: CPU threads of torch.
-        is_quick: tiny sizes.
-    """
+def measure(options: Options) -> list[Row]:
+    """One row: the peaks of both stacks, and their ratio (None where the system does not tell a process its peak)."""
+    is_quick = options.is_quick
     shapes = {"small": QUICK_SMALL, "large": QUICK_LARGE} if is_quick else {"small": SMALL, "large": LARGE}
     tile = blob_tile(QUICK_TILE if is_quick else TILE, PITCH)
     row: Row = {}
     for name, shape in shapes.items():
-        stack = write_tiled(folder / f"memory_{name}.zarr", tile, shape, QUICK_CHUNKS if is_quick else CHUNKS)
+        stack = write_tiled(options.folder / f"memory_{name}.zarr", tile, shape, QUICK_CHUNKS if is_quick else CHUNKS)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as fresh_process:
-            run = fresh_process.submit(measure_here, stack, QUICK_GRID if is_quick else GRID, threads).result()
+            run = fresh_process.submit(measure_here, stack, QUICK_GRID if is_quick else GRID, options.threads).result()
         row |= {name: describe(shape), **{f"{name}_{key}": value for key, value in run.items()}}
     peaks = [row[f"{name}_peak_gb"] for name in shapes]
     return [row | {"ratio": None if None in peaks else peaks[1] / peaks[0]}]

@@ -5,11 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import report
-from bench.inference import kills, memory, seams, whole, workers
 from bench.inference.bars import Row
-from bench.models.report import title
 
-METHOD = " ".join(part.METHOD for part in (seams, whole, memory, workers, kills))
 TITLES = {
     "seams": "Dense tissue, seen differently by every block",
     "exact": "The perfect predictor on shapes that span five blocks along every axis",
@@ -35,8 +32,8 @@ def text(result: dict[str, Any]) -> str:
     parts = [report.text({**result, **{section: [] for section in report.SECTIONS}})]
     for section, heading in TITLES.items():
         if result[section]:
-            parts += [title(heading), tables[section](result[section])]
-    return "\n".join([*parts, title("Bars"), bars_table(result["bars"])])
+            parts += [_title(heading), tables[section](result[section])]
+    return "\n".join([*parts, _title("Bars"), bars_table(result["bars"])])
 
 
 def seams_table(rows: Sequence[Row]) -> str:
@@ -144,6 +141,10 @@ def bars_table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return report.table(lines, ["work", "quantity", "measured", "bar", "met?"])
+
+
+def _title(words: str) -> str:
+    return f"\n{words}\n{'=' * len(words)}"
 
 
 def _extent(values: Sequence[int]) -> str:

@@ -15,7 +15,6 @@ normalising, the network, pasting masks, the journal, stitching, painting, the p
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from bench.inference.bars import Row
 from bench.inference.model import read_predictor, write_specimen_stack
+from bench.inference.options import Options
 from bench.inference.stacks import SPACING_UM
 from bench.inference.tissue import Roi
 from seg3d_monai.data.volume import Volume
@@ -110,21 +110,16 @@ def _wait_for_rest() -> float:
             return start
 
 
-def measure_whole(folder: Path, checkpoint: Path | None, is_quick: bool) -> list[Row]:
-    """One row: the whole stack and the bare network.
-
-    Args:
-        folder: for the stack and the output.
-        checkpoint: weights of the bundle's network.
-        is_quick: tiny sizes.
-    """
+def measure(options: Options) -> list[Row]:
+    """One row: the whole stack and the bare network."""
+    folder, is_quick = options.folder, options.is_quick
     shape = QUICK_SHAPE if is_quick else SHAPE
     stack = write_specimen_stack(folder / "whole_stack.zarr", shape, is_quick)
-    bundle_predictor, cut = read_predictor(checkpoint, is_quick)
+    bundle_predictor, cut = read_predictor(options.checkpoint, is_quick)
     predictor = HaltingPredictor(bundle_predictor, QUICK_BLOCKS_BETWEEN_HALTS if is_quick else BLOCKS_BETWEEN_HALTS)
     start = time.perf_counter()
-    options = {"spacing": SPACING_UM, "progress": sys.stderr.isatty(), **cut}
-    done = predict_volume(stack, predictor, folder / "whole.zarr", **options)
+    arguments = {"spacing": SPACING_UM, "progress": sys.stderr.isatty(), **cut}
+    done = predict_volume(stack, predictor, folder / "whole.zarr", **arguments)
     end = time.perf_counter()
     whole_s = end - start - predictor.halted_s
     predictor.halt()  # the blocks since the last halt

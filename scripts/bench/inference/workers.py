@@ -13,6 +13,7 @@ import torch
 
 from bench.inference.bars import Row
 from bench.inference.model import read_predictor, write_specimen_stack
+from bench.inference.options import Options
 from bench.inference.stacks import SPACING_UM
 from seg3d_monai.inference import predict_volume
 
@@ -24,21 +25,16 @@ METHOD = (
 )
 
 
-def measure_workers(folder: Path, checkpoint: Path | None, is_quick: bool) -> list[Row]:
-    """One row: seconds of each turn, and how many times faster two workers are.
-
-    Args:
-        folder: for the stack and the outputs.
-        checkpoint: weights of the bundle's network.
-        is_quick: tiny sizes.
-    """
+def measure(options: Options) -> list[Row]:
+    """One row: seconds of each turn, and how many times faster two workers are."""
+    folder, is_quick = options.folder, options.is_quick
     shape = QUICK_SHAPE if is_quick else SHAPE
     stack = write_specimen_stack(folder / "workers_stack.zarr", shape, is_quick)
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for turn, num_workers in enumerate(TURNS):
         output = folder / f"workers_{turn}.zarr"
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
-            job = fresh_process.submit(measure_here, stack, output, checkpoint, num_workers, is_quick)
+            job = fresh_process.submit(measure_here, stack, output, options.checkpoint, num_workers, is_quick)
             taken, num_blocks, num_objects = job.result()
         seconds[num_workers].append(taken)
     row: Row = {"shape": shape, "num_blocks": num_blocks, "num_objects": num_objects, "turns": TURNS}
