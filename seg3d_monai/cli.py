@@ -1,4 +1,4 @@
-"""The command `seg3d`: doctor, synth, index, train, predict, evaluate.
+"""The command `seg3d`: from a specimen to objects and their measures.
 
 Each command is a thin door: it imports the room it opens when it runs (so that help is instant) and holds no logic of
 its own. `train` and `predict` run the bundle's own configuration files with `monai.bundle.run`, so anything possible
@@ -125,14 +125,21 @@ def predict(
     spacing: list[float] | None = None,
     axes: str | None = None,
     channels: int | list[int] | None = None,
+    time: int | list[int] | str | None = None,
+    roi: list[int] | None = None,
+    foreground: str | None = None,
     block_size: int | list[int] | None = None,
     halo: int | list[int] | None = None,
     num_workers: int | None = None,
+    max_memory: str | None = None,
     score_threshold: float | None = None,
+    min_volume: int | None = None,
     device: str | None = None,
     table: str | None = None,
+    label_tiff: bool = False,
     output_dtype: str | None = None,
     ome_zarr_version: str | None = None,
+    skip_bad: bool = False,
     restart: bool = False,
     dry_run: bool = False,
     **overrides: str,
@@ -140,7 +147,8 @@ def predict(
     """Predict every instance of a whole stack, block by block, into an OME-Zarr and an object table.
 
     Runs the bundle's configs/inference.json; every further flag overrides that configuration. An unfinished output
-    goes on where it was; a finished identical one says so; any other existing output needs `--restart`.
+    goes on where it was, whatever ended it; a finished identical one says so; any other existing output needs
+    `--restart`. SIGTERM ends the run after the blocks in hand, with exit code 143.
 
     Args:
         input: TIFF, OME-TIFF, Zarr, OME-Zarr or NIfTI.
@@ -152,41 +160,168 @@ def predict(
         spacing: Voxel size in micrometres, "[z,y,x]", where the file does not know it.
         axes: Order of the axes, for instance ZYX, CZYX or ZYXC.
         channels: Channel or list of channels to use.
+        time: Time point; a list of them or "all" writes a series.
+        roi: Region to predict, "[z1,y1,x1,z2,y2,x2]" in voxels; the output keeps the stack's frame.
+        foreground: Mask of any resolution over the same extent; blocks outside it are not predicted.
         block_size: Voxels that a block owns, one number or "[z,y,x]".
         halo: Voxels read around a block on every side, one number or "[z,y,x]".
-        num_workers: Number of processes.
+        num_workers: Number of processes; more than one are run by Ray, see also `--address`.
+        max_memory: Refuse to run where more is needed, for instance 8GB.
         score_threshold: Drop instances whose score is lower, 0 to 1.
+        min_volume: Leave out objects of fewer voxels.
         device: cpu, cuda or cuda:1.
-        table: Format of the object table, parquet or csv.
+        table: Format of the object table, parquet or csv, or "parquet,csv".
+        label_tiff: Also write the labels as X.labels.tif.
         output_dtype: uint32 or uint16.
         ome_zarr_version: Version of OME-Zarr to write.
+        skip_bad: Leave a hole where voxels cannot be read, instead of stopping.
         restart: Throw an existing output away.
-        dry_run: Say what would be done, and do nothing.
+        dry_run: Predict one block and say what the run would take: blocks, memory, disk, time.
         overrides: Any key of the configuration and its value.
     """
-    if not Path(input).exists():
-        raise FileNotFoundError(f"input {input!r} does not exist; check the path")
-    folder = find_bundle(bundle)
-    files = config_files(folder, config_file, "inference.json") + overlay_files(folder, overlay)
     options = {
-        "input": literal_path(input),
         "output": literal_path(output),
-        "checkpoint": checkpoint and literal_path(checkpoint),
         "spacing": spacing,
         "axes": axes,
         "channels": channels,
+        "time": time,
+        "roi": roi,
+        "foreground": foreground and literal_path(foreground),
         "block_size": block_size,
         "halo": halo,
         "num_workers": num_workers,
+        "max_memory": max_memory,
         "score_threshold": score_threshold,
+        "min_volume": min_volume,
         "device": device,
         "table": table,
+        "label_tiff": label_tiff or None,
         "output_dtype": output_dtype,
         "ome_zarr_version": ome_zarr_version,
+        "skip_bad": skip_bad or None,
         "restart": restart or None,
         "dry_run": dry_run or None,
     }
-    run_bundle("run", files, overrides, _given(options))
+    _run_inference("run", input, bundle, config_file, overlay, checkpoint, overrides, options)
+
+
+def seam_check(
+    input: str,
+    report: str,
+    *,
+    bundle: str,
+    config_file: str | None = None,
+    overlay: str | None = None,
+    checkpoint: str | None = None,
+    spacing: list[float] | None = None,
+    axes: str | None = None,
+    channels: int | list[int] | None = None,
+    roi: list[int] | None = None,
+    block_size: int | list[int] | None = None,
+    halo: int | list[int] | None = None,
+    **overrides: str,
+) -> None:
+    """Predict a region under two grids of blocks and report the objects that are split, merged, lost or moved at seams.
+
+    Args:
+        input: TIFF, OME-TIFF, Zarr, OME-Zarr or NIfTI.
+        report: File for all numbers, X.json; the picture goes beside it as X.png.
+        bundle: Folder of the bundle, or its name in ./bundles.
+        config_file: Configuration file, or "['a','b']", to run instead of configs/inference.json.
+        overlay: Names of files in configs/overlays without .json, separated by commas.
+        checkpoint: Trained weights; the bundle says which are used without it.
+        spacing: Voxel size in micrometres, "[z,y,x]", where the file does not know it.
+        axes: Order of the axes, for instance ZYX, CZYX or ZYXC.
+        channels: Channel or list of channels to use.
+        roi: Region, "[z1,y1,x1,z2,y2,x2]" in voxels; default a few blocks in the middle.
+        block_size: Voxels that a block owns, one number or "[z,y,x]".
+        halo: Voxels read around a block on every side, one number or "[z,y,x]".
+        overrides: Any key of the configuration and its value.
+    """
+    if not Path(report).absolute().parent.is_dir():
+        raise FileNotFoundError(f"report {report!r}: its folder does not exist; make it first")
+    options = {
+        "seam_report": literal_path(report),
+        "spacing": spacing,
+        "axes": axes,
+        "channels": channels,
+        "roi": roi,
+        "block_size": block_size,
+        "halo": halo,
+    }
+    _run_inference("seam_check", input, bundle, config_file, overlay, checkpoint, overrides, options)
+
+
+def relabel(
+    output: str,
+    *,
+    score_threshold: float | None = None,
+    min_volume: int | None = None,
+    num_workers: int = 1,
+) -> None:
+    """Paint a finished output again from its journal with other thresholds, without predicting.
+
+    Args:
+        output: OME-Zarr that `seg3d predict` wrote.
+        score_threshold: Drop instances whose score is lower; not below the one that was predicted with.
+        min_volume: Leave out objects of fewer voxels.
+        num_workers: Number of processes.
+    """
+    from seg3d_monai.inference import relabel_volume
+
+    done = relabel_volume(
+        output,
+        score_threshold=score_threshold,
+        min_volume=min_volume,
+        num_workers=num_workers,
+        progress=sys.stderr.isatty(),
+    )
+    print(done)
+
+
+def measure(
+    output: str,
+    image: str,
+    *,
+    table: str | None = None,
+    atlas: str | None = None,
+    atlas_spacing: list[float] | None = None,
+    spacing: list[float] | None = None,
+    axes: str | None = None,
+    channels: int | list[int] | None = None,
+    time: int = 0,
+    level: int = 0,
+) -> None:
+    """Measure every object: intensity of each channel, shape, and the region of an atlas that it lies in.
+
+    Args:
+        output: OME-Zarr that `seg3d predict` wrote.
+        image: Stack to measure in, of the same shape.
+        table: File to write, .parquet or .csv; default X.measurements.parquet beside X.zarr.
+        atlas: Label volume of regions over the same extent, of any voxel size.
+        atlas_spacing: Voxel size of the atlas in micrometres, "[z,y,x]", where its file does not know it.
+        spacing: Voxel size of the image in micrometres, "[z,y,x]", where the file does not know it.
+        axes: Order of the image's axes, for instance ZYX, CZYX or ZYXC.
+        channels: Channel or list of channels to measure.
+        time: Time point of the image.
+        level: Level of a multiscale image.
+    """
+    from seg3d_monai.inference import measure_objects
+
+    written = measure_objects(
+        output,
+        image,
+        table=table,
+        atlas=atlas,
+        atlas_spacing=atlas_spacing,
+        spacing=spacing,
+        axes=axes,
+        channels=channels,
+        time=time,
+        level=level,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"measurements: {written}")
 
 
 def evaluate(truth: str, prediction: str, *, json: str | None = None) -> None:
@@ -214,6 +349,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "index": index,
     "train": train,
     "predict": predict,
+    "relabel": relabel,
+    "measure": measure,
+    "seam-check": seam_check,
     "evaluate": evaluate,
 }
 
@@ -286,9 +424,27 @@ def _dispatch(words: list[str]) -> int:
 
 def _overview() -> str:
     lines = [f"seg3d {__version__}: instance segmentation of cells in 3D light-sheet microscopy", "", "Commands:"]
-    lines += [f"  {name:<9} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     lines += ["", "`seg3d COMMAND --help` shows a command's arguments; `seg3d --version` the version."]
     return "\n".join(lines)
+
+
+def _run_inference(
+    run_id: str,
+    input: str,
+    bundle: str,
+    config_file: str | None,
+    overlay: str | None,
+    checkpoint: str | None,
+    overrides: Mapping[str, str],
+    options: Mapping[str, Any],
+) -> None:
+    if not Path(input).exists():
+        raise FileNotFoundError(f"input {input!r} does not exist; check the path")
+    folder = find_bundle(bundle)
+    files = config_files(folder, config_file, "inference.json") + overlay_files(folder, overlay)
+    paths = {"input": literal_path(input), "checkpoint": checkpoint and literal_path(checkpoint)}
+    run_bundle(run_id, files, overrides, _given({**paths, **options}))
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def measure_intensity(
             of sub-blocks with about as many voxels; the grid depends on the shape alone.
 
     Returns:
-        The percentiles. Where they coincide high is the largest sampled value, and low + 1 where that is no larger.
+        The percentiles. Where they coincide high is the largest sampled value; where that is no larger low is the
+        smallest, and in a constant channel high is low + 1.
 
     Raises:
         ValueError: a voxel is NaN or infinite, or an argument is out of range.
@@ -122,6 +123,8 @@ def measure_intensity(
         first, last = (float(value) for value in np.percentile(values, [lower, upper]))
         if not first < last:
             last = float(values.max())
+        if not first < last:
+            first = float(values.min())  # nearly all voxels are saturated
         # The step must survive addition to large values: one ulp more than 1 where 1 is lost.
         low.append(first)
         high.append(last if first < last else max(first + 1.0, float(np.nextafter(first, np.inf))))

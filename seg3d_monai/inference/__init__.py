@@ -1,7 +1,20 @@
 """Whole-stack inference: blocks, journal, stitching and writing. Takes a predictor as a callable; imports no model."""
 
 from seg3d_monai.inference.instances import Instances
+from seg3d_monai.inference.measure import measure_objects
 from seg3d_monai.inference.predict import Prediction, predict_labels, predict_volume, relabel_volume
 from seg3d_monai.inference.predictor import InstancePredictor
+from seg3d_monai.inference.resample import ResamplingPredictor
+from seg3d_monai.inference.schedule import Terminated
 
-__all__ = ["InstancePredictor", "Instances", "Prediction", "predict_labels", "predict_volume", "relabel_volume"]
+__all__ = [
+    "InstancePredictor",
+    "Instances",
+    "Prediction",
+    "ResamplingPredictor",
+    "Terminated",
+    "measure_objects",
+    "predict_labels",
+    "predict_volume",
+    "relabel_volume",
+]

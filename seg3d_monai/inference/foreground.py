@@ -99,7 +99,10 @@ def _holds_foreground(volume: Volume, roi: Roi, thresholds: NDArray[np.float64] 
     """Whether a ROI holds foreground, reading no more than it takes to know."""
     value: NDArray[np.generic] | None = None
     for piece in _pieces(roi, volume.chunk_shape):
-        voxels = volume.read(piece)
+        try:
+            voxels = volume.read(piece)
+        except ValueError:  # damaged: prediction will say so, with the block's coordinates
+            return True
         value = voxels[:, :1, :1, :1].copy() if value is None else value
         if not _is_background(voxels, value, thresholds):
             return True

@@ -336,7 +336,7 @@ def relabel_volume(
             raise ValueError(f"{output} is not predicted yet; run `seg3d predict` to the end first")
         new = dict(facts)
         if score_threshold is not None:
-            kept = facts["predictor"].get("score_threshold")
+            kept = _kept_threshold(facts["predictor"])
             if kept is not None and score_threshold < kept:
                 raise ValueError(
                     f"score_threshold is {score_threshold}, but instances below {kept} were not kept when {output} was "
@@ -433,6 +433,13 @@ class _LabelArray:
 
     def write(self, block: Block, labels: NDArray[np.integer]) -> None:
         self.array[roi_slices(block.owned, self._origin)] = labels
+
+
+def _kept_threshold(identity: dict[str, Any]) -> float | None:
+    """The score below which a predictor, or one that it wraps, keeps nothing."""
+    found = [identity.get("score_threshold")]
+    found += [_kept_threshold(value) for value in identity.values() if isinstance(value, dict)]
+    return max((float(value) for value in found if value is not None), default=None)
 
 
 def _publish(run: Run, paths: _Paths, facts: dict[str, Any]) -> int:

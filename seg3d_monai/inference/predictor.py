@@ -50,6 +50,7 @@ class InstancePredictor:
         flips: axes along which a block is also predicted mirrored, in every combination: "xy" or ["x", "y"] gives four
             views (none, y, x, y and x), "zyx" eight, at as many times the cost. See `merge_views`. Worth it only for
             axes along which the network was trained with flips.
+        in_channels: channels that the network takes; `for_volume` refuses others. None does not look.
 
     Raises:
         ValueError: unknown `amp` or `flips`, or a threshold out of its range.
@@ -68,6 +69,7 @@ class InstancePredictor:
         amp: str = "off",
         intensity: Intensity | None = None,
         flips: Sequence[str] | str = (),
+        in_channels: int | None = None,
     ) -> None:
         if not 0 < mask_threshold < 1:
             raise ValueError(f"mask_threshold is {mask_threshold}; give a probability between 0 and 1")
@@ -89,9 +91,19 @@ class InstancePredictor:
         self.amp = autocast_dtype(amp, device)
         self.intensity = intensity
         self.flips = tuple(axis for axis in AXES if axis in flips)
+        self.in_channels = in_channels
 
     def for_volume(self, volume: Volume) -> "InstancePredictor":
-        """The same predictor bound to the intensity range of one volume, measured once for all of its blocks."""
+        """The same predictor bound to the intensity range of one volume, measured once for all of its blocks.
+
+        Raises:
+            ValueError: the volume has another number of channels than the network takes.
+        """
+        if self.in_channels is not None and volume.shape[0] != self.in_channels:
+            raise ValueError(
+                f"the input has {volume.shape[0]} channels and the model takes {self.in_channels}; choose some with "
+                "channels (--channels), or say which axis they are with axes (--axes)"
+            )
         bound = copy.copy(self)
         bound.intensity = measure_intensity(volume, self.percentiles)
         return bound

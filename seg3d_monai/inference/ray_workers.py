@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 from collections import deque
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_DEATHS = 3  # of the processes that run one call, or that make one worker
+CONNECT_TIMEOUT = 10  # seconds
 OBJECT_STORE_BYTES = 256 * 2**20  # arguments and results on their way; a container's shared memory is often small
 
 _log = logging.getLogger(__name__)
@@ -366,9 +368,14 @@ def _connect(ray: Any, address: str | None, *, num_cpus: int) -> None:
             **quiet,
         )
         return
+    host, _, port = address.rpartition(":")
+    if address != "auto" and not (host and port.isdigit() and "/" not in host):
+        raise ValueError(f'address is {address!r}; pass "auto", "host:port" or None')
     try:
+        if host:  # Ray itself would try for many minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT).close()
         ray.init(address=address, **quiet)
-    except Exception as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(
             f"no Ray cluster answers at address {address!r}: {error}; start one with `ray start --head`, or pass None"
         ) from error

@@ -35,7 +35,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
@@ -534,7 +533,7 @@ def _save_picture(
         panel.set_title(f"{'zyx'[cut]} = {point[cut]}", color="white", fontsize=9)
         for cell in report.disagreements:
             if cell.box[cut] <= point[cut] < cell.box[cut + 3]:
-                _mark(panel, cell, window, down, across)
+                _name(panel, cell, planes[1:], (window[down], window[across]))
 
     near, far = report.at_faces, report.away
     kinds = Counter(cell.kind for cell in report.disagreements)
@@ -544,15 +543,14 @@ def _save_picture(
     )
     figure.text(0.5, 1 - 0.4 / figure_height, title, color="white", fontsize=10, ha="center", va="center")
     handles: list[Any] = [
-        Line2D([], [], color=FIRST_COLOUR, linewidth=2.2, label="first grid's objects"),
+        Line2D([], [], color=FIRST_COLOUR, linewidth=3.2, label="first grid's objects"),
         Line2D([], [], color=SECOND_COLOUR, linewidth=1.1, label="second grid's objects"),
         Line2D([], [], color=FIRST_COLOUR, linewidth=1.2, linestyle="--", label="first grid's faces"),
         Line2D([], [], color=SECOND_COLOUR, linewidth=1.2, linestyle="--", label="second grid's faces"),
-        Rectangle((0, 0), 1, 1, edgecolor="white", facecolor="none", label="a cell that differs"),
     ]
-    legend = figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False, fontsize=9)
-    for text in legend.get_texts():
-        text.set_color("white")
+    legend = figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=9)
+    for entry in legend.get_texts():
+        entry.set_color("white")
     figure.savefig(path, format="png", metadata={"Software": None})  # equal reports give equal bytes
 
 
@@ -588,7 +586,7 @@ def _draw_slice(
     extent = (window[across], window[across + 3], window[down + 3], window[down])
     panel.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest", aspect="auto")
     # The second over the first, thinner: where they agree both colours are seen.
-    styles = ((FIRST_COLOUR, 2.2), (SECOND_COLOUR, 1.0))
+    styles = ((FIRST_COLOUR, 3.2), (SECOND_COLOUR, 1.0))
     for labels, lines, (colour, line_width) in zip(answers, faces, styles, strict=True):
         edges = _outlines(labels) + (window[across], window[down])
         panel.add_collection(LineCollection(list(edges), colors=colour, linewidths=line_width, capstyle="projecting"))
@@ -612,13 +610,13 @@ def _outlines(labels: NDArray[np.integer]) -> NDArray[np.float64]:
     return np.concatenate([upright, level]).astype(np.float64)
 
 
-def _mark(panel: Axes, cell: Cell, window: Roi, down: int, across: int) -> None:
-    """A frame around a cell with its kind, if it lies in the window."""
-    top, left = max(cell.box[down], window[down]), max(cell.box[across], window[across])
-    bottom, right = min(cell.box[down + 3], window[down + 3]), min(cell.box[across + 3], window[across + 3])
-    if top < bottom and left < right:
-        panel.add_patch(Rectangle((left, top), right - left, bottom - top, edgecolor="white", facecolor="none"))
+def _name(panel: Axes, cell: Cell, answers: Sequence[NDArray[np.integer]], corner: tuple[int, int]) -> None:
+    """The kind of a cell, written in the middle of its pixels in the slice, if it has any there."""
+    first, second = answers
+    rows, columns = np.nonzero(np.isin(first, cell.first_ids) | np.isin(second, cell.second_ids))
+    if len(rows):
         panel.text(
-            left, top, cell.kind, color="white", fontsize=8, va="bottom", clip_on=True,
-            bbox={"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.0},
+            corner[1] + columns.mean() + 0.5, corner[0] + rows.mean() + 0.5, cell.kind, color="white", fontsize=8,
+            ha="center", va="center", clip_on=True,
+            bbox={"facecolor": "black", "alpha": 0.65, "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip

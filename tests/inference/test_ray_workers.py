@@ -99,10 +99,18 @@ def free_cpus():
     return ray.available_resources().get("CPU", 0)
 
 
-def test_no_cluster_at_the_address():
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:9", r"no Ray cluster answers at address '127\.0\.0\.1:9': .*refused"),
+        ("ray://head:10001", r"address is 'ray://head:10001'; pass \"auto\", \"host:port\" or None"),
+        ("head", "address is 'head'"),
+    ],
+)
+def test_no_cluster_at_the_address(address, message):
     assert not ray.is_initialized()
-    with pytest.raises(ValueError, match=r"no Ray cluster answers at address '127\.0\.0\.1:9'"):
-        RayWorkers(dict, num_workers=1, num_threads=1, address="127.0.0.1:9")
+    with pytest.raises(ValueError, match=message):
+        RayWorkers(dict, num_workers=1, num_threads=1, address=address)
 
 
 @pytest.fixture(scope="module")

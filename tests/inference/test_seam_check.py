@@ -290,7 +290,7 @@ def test_a_seam_is_found():
     assert all(cell.at_face for cell in report.disagreements)
 
 
-def test_a_model_that_varies_everywhere_has_no_excess(tmp_path):
+def test_a_model_that_varies_everywhere(tmp_path):
     report = seam_check(
         blank(SHAPE),
         Jittered(SEEDS, 0.6),
@@ -301,7 +301,8 @@ def test_a_model_that_varies_everywhere_has_no_excess(tmp_path):
     )
     assert report.at_faces.num_moved > 10
     assert report.away.num_moved > 3
-    assert report.excess_interval[0] < 0 < report.excess_interval[1]
+    for tally in (report.at_faces, report.away):  # its outlines wobble, which parts, joins and loses next to no cell
+        assert tally.num_disagreeing - tally.num_moved <= 0.01 * tally.num_cells
     facts = json.loads((tmp_path / "seams.json").read_text())
     assert facts == report.as_json()
     assert len(facts["disagreements"]) == report.at_faces.num_disagreeing + report.away.num_disagreeing

@@ -49,7 +49,7 @@ def seams_table(rows: Sequence[Row]) -> str:
                     place,
                     *(f"{counts[key]:,}" for key in ("cells", *ERRORS)),
                     f"{share:.2f}",
-                    f"{100 * row['excess']:+.2f}" if place == "seam" else "",
+                    f"{100 * row['excess']:+.2f} ± {100 * row['excess_error']:.2f}" if place == "seam" else "",
                     f"{row['objects']:,}" if place == "away" else "",
                     "",
                 ]

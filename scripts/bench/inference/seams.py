@@ -1,5 +1,6 @@
 """Errors at seams: dense tissue, seen a little differently by every block."""
 
+import math
 import sys
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ METHOD = (
     "Seams: Voronoi cells of a jittered lattice that is turned and shifted at random; a predictor that returns the "
     "cells of the block's ROI, exactly, with random scores, but of seeds displaced by normal draws of the block's own. "
     "Cells are counted as split, merged or lost by the rule in scripts/bench/inference/errors.py, at seams and away "
-    "from them; excess is the share of wrong cells at seams less that away from seams."
+    "from them; excess is the share of wrong cells at seams less that away from seams, with its standard error."
 )
 
 
@@ -60,9 +61,12 @@ def measure_tissue(
         for place, counts in cell_errors(truth, labels, block_size).counts().items():
             totals[place].update(counts)
     seam, away = ({**totals[place]} for place in ("seam", "away"))
-    rates = [counts["wrong"] / max(counts["cells"], 1) for counts in (seam, away)]
+    num_cells = [max(counts["cells"], 1) for counts in (seam, away)]
+    rates = [counts["wrong"] / n for counts, n in zip((seam, away), num_cells, strict=True)]
+    variance = sum(rate * (1 - rate) / n for rate, n in zip(rates, num_cells, strict=True))
     row: Row = {"diameter": diameter, "sigma": sigma, "shape": shape, "block_size": block_size, "halo": halo}
     row |= {"tissues": num_tissues, "objects": num_objects, "seam": seam, "away": away, "excess": rates[0] - rates[1]}
+    row["excess_error"] = math.sqrt(variance)
     row["seconds"] = time.perf_counter() - start
     print(f"diameter {diameter:g} sigma {sigma:g}: {seam} at seams, {away} away", file=sys.stderr, flush=True)
     return row
