@@ -2,8 +2,9 @@
 
 from seg3d_monai.inference.instances import Instances
 from seg3d_monai.inference.measure import measure_objects
-from seg3d_monai.inference.predict import Prediction, predict_labels, predict_volume, relabel_volume
+from seg3d_monai.inference.predict import Prediction, predict_labels, predict_volume
 from seg3d_monai.inference.predictor import InstancePredictor
+from seg3d_monai.inference.relabel import relabel_volume
 from seg3d_monai.inference.resample import ResamplingPredictor
 from seg3d_monai.inference.schedule import Terminated
 

@@ -203,7 +203,7 @@ class Journal:
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Store the facts of a new run, all or none."""
-        with self._transaction():
+        with self.transaction():
             for name, value in facts.items():
                 self.set_fact(name, value)
 
@@ -218,7 +218,7 @@ class Journal:
     def finish_blocks(self, found: Mapping[int, tuple[Sequence[PackedInstance], Census]]) -> None:
         """Store the instances of blocks and their census and mark them done, all or none."""
         marks = ", ".join("?" * 12)
-        with self._transaction():
+        with self.transaction():
             for block, (rows, census) in found.items():
                 self._db.execute("DELETE FROM instances WHERE block = ?", (block,))
                 self._db.executemany(f"INSERT INTO instances VALUES ({marks})", ((block, *row) for row in rows))
@@ -227,12 +227,12 @@ class Journal:
 
     def mark_empty(self, blocks: Iterable[int]) -> None:
         """Note blocks that need no prediction."""
-        with self._transaction():
+        with self.transaction():
             self._db.executemany("INSERT OR IGNORE INTO blocks VALUES (?, ?, 0)", ((b, EMPTY) for b in blocks))
 
     def mark_unreadable(self, block: int, reason: str) -> None:
         """Note that a block's voxels could not be read, and why."""
-        with self._transaction():
+        with self.transaction():
             self._set_state(block, UNREADABLE)
             self.set_fact(f"unreadable {block}", reason)
 
@@ -244,12 +244,12 @@ class Journal:
 
     def forget_links(self, blocks: Iterable[int]) -> None:
         """Forget the links of some blocks."""
-        with self._transaction():
+        with self.transaction():
             self._db.executemany("DELETE FROM links WHERE block = ?", ((block,) for block in blocks))
 
     def forget(self, facts: dict[str, Any], *tables: str) -> None:
         """Store facts and empty some of the tables `census`, `links`, `painted`, `tiles`, all or nothing."""
-        with self._transaction():
+        with self.transaction():
             for name, value in facts.items():
                 self.set_fact(name, value)
             for table in tables:
@@ -309,7 +309,7 @@ class Journal:
 
     def store_tiles(self, array: str, tiles: Iterable[int]) -> None:
         """Note that tiles of an array of the output are written."""
-        with self._transaction():
+        with self.transaction():
             self._db.executemany("INSERT OR REPLACE INTO tiles VALUES (?, ?)", ((array, tile) for tile in tiles))
 
     def blocks_with(self, table: str) -> set[int]:
@@ -355,7 +355,11 @@ class Journal:
         self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (block, *counts, *blobs))
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
+        """All that is written within it is kept, or nothing; one within another is part of it."""
+        if self._db.in_transaction:
+            yield
+            return
         try:
             self._db.execute("BEGIN IMMEDIATE")
             yield

@@ -30,9 +30,11 @@ from numpy.typing import NDArray
 from scipy.spatial import SphericalVoronoi
 from tqdm import tqdm
 
+from seg3d_monai.data.intensity import check_block
 from seg3d_monai.data.targets import compact_labels
 from seg3d_monai.data.volume import Volume, check_spacing, open_volume
 from seg3d_monai.inference.blocks import BlockPlan, Roi, Triple
+from seg3d_monai.inference.regions import Regions, check_labels, find_runs, open_atlas
 from seg3d_monai.inference.table import FORMATS, write_table
 from seg3d_monai.inference.writer import LABELS
 
@@ -49,7 +51,6 @@ _AXIS_PAIRS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
 
 _Integers = NDArray[np.int64]
 _Floats = NDArray[np.float64]
-_Pairs = tuple[_Integers, NDArray, _Integers]  # id of an object, id of a region, voxels in both
 
 
 def measure_objects(
@@ -82,7 +83,7 @@ def measure_objects(
     - `elongation`: major / intermediate axis, at least 1 (ITK's definition); null where the latter is 0.
     - `intensity_mean_cN`, `intensity_std_cN` (population), `intensity_min_cN`, `intensity_max_cN`, `intensity_sum_cN`
       for each channel N as the image counts them: raw voxels; minimum, maximum and sum are int64 for images of at most
-      16 bits and float64 for others. A NaN in an object makes its values null.
+      16 bits and float64 for others.
     - with an atlas `region`: the atlas id that most of its voxels lie in (0 is outside of all regions), of equals the
       lowest, and `region_share`: the part of its voxels that do, in (0, 1].
 
@@ -107,8 +108,9 @@ def measure_objects(
 
     Raises:
         FileNotFoundError: if OUTPUT, the image, the atlas or the table's folder does not exist.
-        ValueError: if labels and image differ in shape or voxel size, the atlas does not cover the labels or its voxel
-            size is unknown, a dtype is not the expected one, or an option does not fit.
+        ValueError: if labels and image differ in shape or voxel size, a block of the image with objects in it holds NaN
+            or infinity, the atlas does not cover the labels or its voxel size is unknown, a dtype is not the expected
+            one, or an option does not fit.
         TypeError: if an option has the wrong type.
     """
     path = _table_path(Path(output), table)
@@ -119,7 +121,7 @@ def measure_objects(
     voxel_um = _common_spacing(labels, volume, spacing)
     if atlas is None and atlas_spacing is not None:
         raise ValueError(f"atlas_spacing is given without atlas: {atlas_spacing!r}; pass the atlas too")
-    regions = None if atlas is None else _Regions(_open_atlas(atlas), atlas_spacing, labels, voxel_um)
+    regions = None if atlas is None else Regions(open_atlas(atlas), atlas_spacing, labels, voxel_um)
 
     pending: list[_Objects] = [_Objects.empty(len(numbers), volume.dtype)]
     blocks = BlockPlan.make(shape=labels.shape[1:], block_size=_block_size(labels.chunk_shape), halo=1)
@@ -137,7 +139,7 @@ def measure_objects(
     columns: dict[str, NDArray] = {"id": objects.ids, **_shape_columns(objects, voxel_um)}
     columns |= _intensity_columns(objects, numbers)
     if regions is not None:
-        columns |= regions.columns(objects)
+        columns |= regions.columns(objects.voxels)
     rows = pd.DataFrame(columns)
     write_table((rows[start : start + _ROWS] for start in range(0, max(1, len(rows)), _ROWS)), path)
     return path
@@ -194,7 +196,7 @@ def _measure_block(codes: NDArray[np.int32], ids: _Integers, roi: Roi, image: Vo
     """Sums over the objects of a block; `codes` reaches one voxel beyond its upper faces."""
     neighbours = _count_neighbours(codes, len(ids))
     owned = codes[:-1, :-1, :-1]
-    starts, lengths = _runs(owned)
+    starts, lengths = find_runs(owned)
     run_codes = owned.reshape(-1)[starts]
     length = lengths.astype(np.int64)
     z, y, x = (place + low for place, low in zip(np.unravel_index(starts, owned.shape), roi[:3], strict=True))
@@ -213,6 +215,7 @@ def _measure_block(codes: NDArray[np.int32], ids: _Integers, roi: Roi, image: Vo
 
     voxels = summed(length)
     block = image.read(roi)
+    check_block(block, roi, image.path)
     total, squares, lowest, highest = [], [], [], []
     for channel in block:
         values = channel.reshape(-1).astype(_sum_dtype(channel.dtype))
@@ -241,14 +244,6 @@ def _measure_block(codes: NDArray[np.int32], ids: _Integers, roi: Roi, image: Vo
         lowest=columns(lowest),
         highest=columns(highest),
     )
-
-
-def _runs(array: NDArray) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Start (in the flattened array) and length of every run of equal values along the last axis."""
-    is_start = np.ones(array.shape, bool)
-    np.not_equal(array[..., 1:], array[..., :-1], out=is_start[..., 1:])
-    starts = np.flatnonzero(is_start)
-    return starts, np.diff(starts, append=array.size)
 
 
 def _count_neighbours(codes: NDArray[np.int32], num_objects: int) -> _Integers:
@@ -374,81 +369,6 @@ def _intensity_columns(objects: _Objects, channels: Sequence[int]) -> dict[str, 
     return columns
 
 
-class _Regions:
-    """How many voxels of each object lie in each region of an atlas; only pairs that occur are held."""
-
-    def __init__(
-        self,
-        atlas: Volume,
-        atlas_spacing: Sequence[float] | None,
-        labels: Volume,
-        spacing_um: Sequence[float] | None,
-    ) -> None:
-        own_um = atlas.spacing_um if atlas_spacing is None else check_spacing(atlas_spacing)
-        if own_um is None or spacing_um is None:
-            if atlas.shape != labels.shape:
-                missing = "atlas; pass atlas_spacing" if own_um is None else "labels; pass spacing"
-                raise ValueError(
-                    f"atlas has shape {atlas.shape[1:]} and the labels have {labels.shape[1:]} (z, y, x); to lay one "
-                    f"on the other takes both voxel sizes, and there is none for the {missing} (z, y, x)"
-                )
-            own_um = spacing_um = (1.0, 1.0, 1.0)  # the same grid
-        self._atlas = atlas
-        self._nearest = []
-        for axis, extent, step, own_extent, own_step in zip(
-            "zyx", labels.shape[1:], spacing_um, atlas.shape[1:], own_um, strict=True
-        ):
-            if extent * step > (own_extent + 1) * own_step:
-                raise ValueError(
-                    f"atlas is {own_extent * own_step:g} um long along {axis} and the labels {extent * step:g} um; "
-                    "register it to this stack, or correct its voxel size with atlas_spacing (--atlas_spacing)"
-                )
-            # A centre on a face between two atlas voxels goes to the lower one, however the quotient is rounded.
-            place = np.floor((np.arange(extent) + 0.5) * step / own_step - 1e-9).astype(np.int64)
-            self._nearest.append(np.clip(place, 0, own_extent - 1))
-        empty = np.zeros(0, np.int64)
-        self._pairs = [(empty, np.zeros(0, atlas.dtype), empty)]
-
-    def add(self, codes: NDArray[np.int32], ids: _Integers, roi: Roi) -> None:
-        """Count a block; `ids[code - 1]` are the ids of its codes."""
-        nearest = [places[low:high] for places, low, high in zip(self._nearest, roi[:3], roi[3:], strict=True)]
-        block = self._atlas.read([int(p[0]) for p in nearest] + [int(p[-1]) + 1 for p in nearest])[0]
-        regions, ranks = np.unique(block, return_inverse=True)
-        ranks = ranks.reshape(block.shape)[np.ix_(*(places - places[0] for places in nearest))]
-        keys = codes.astype(np.int64) * len(regions) + ranks
-        starts, lengths = _runs(keys)
-        code, rank = np.divmod(keys.reshape(-1)[starts], len(regions))
-        inside = code > 0
-        self._pairs.append(_added((ids[code[inside] - 1], regions[rank[inside]], lengths[inside])))
-        if sum(len(pairs[0]) for pairs in self._pairs[1:]) > 2 * len(self._pairs[0][0]) + _PENDING_ROWS:
-            self._fold()
-
-    def columns(self, objects: _Objects) -> dict[str, NDArray]:
-        """`region` and `region_share` of every object."""
-        self._fold()
-        ids, regions, voxels = self._pairs[0]
-        order = np.lexsort((regions, -voxels, ids))
-        best = order[np.unique(ids[order], return_index=True)[1]]
-        return {"region": regions[best], "region_share": voxels[best] / objects.voxels}
-
-    def _fold(self) -> None:
-        ids, regions, voxels = (np.concatenate(part) for part in zip(*self._pairs, strict=True))
-        self._pairs = [_added((ids, regions, voxels))]
-
-
-def _added(pairs: _Pairs) -> _Pairs:
-    """Add up the voxels of equal (id, region)."""
-    ids, regions, voxels = pairs
-    if len(ids) == 0:
-        return pairs
-    order = np.lexsort((regions, ids))
-    ids, regions, voxels = ids[order], regions[order], voxels[order]
-    is_first = np.ones(len(ids), bool)
-    is_first[1:] = (ids[1:] != ids[:-1]) | (regions[1:] != regions[:-1])
-    starts = np.flatnonzero(is_first)
-    return ids[starts], regions[starts], np.add.reduceat(voxels, starts)
-
-
 def _table_path(output: Path, table: str | os.PathLike[str] | None) -> Path:
     path = output.with_suffix(".measurements.parquet") if table is None else Path(table)
     if path.suffix.removeprefix(".") not in FORMATS:
@@ -468,24 +388,12 @@ def _open_labels(output: Path, time: int) -> Volume:
     labels = open_volume(path)
     if _num_times(labels) > 1:
         labels = open_volume(path, time=time)
-    _check_labels("output", labels, "give what seg3d predict wrote, or a label volume")
+    check_labels("output", labels, "give what seg3d predict wrote, or a label volume")
     return labels
 
 
 def _num_times(volume: Volume) -> int:
     return getattr(volume, "num_times", 1)
-
-
-def _open_atlas(atlas: str | os.PathLike[str] | Volume) -> Volume:
-    volume = atlas if isinstance(atlas, Volume) else open_volume(atlas)
-    _check_labels("atlas", volume, "save the numbers of its regions as one volume of integers")
-    return volume
-
-
-def _check_labels(name: str, volume: Volume, mend: str) -> None:
-    if volume.shape[0] != 1 or volume.dtype.kind not in "iub":
-        place = "" if volume.path is None else f" {volume.path}"
-        raise ValueError(f"{name}{place} has {volume.shape[0]} channel(s) of {volume.dtype}, no labels; {mend}")
 
 
 def _open_image(

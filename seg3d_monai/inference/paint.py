@@ -142,13 +142,14 @@ def stitch_records(
     Args:
         plan: the plan of blocks.
         source: gives the instances of every block.
-        records: what `gather_records` gave.
+        records: what `gather_records` gave; loses what tells groups and guests.
         min_score: instances below it do not exist.
         min_volume: objects with fewer voxels are left out; what they covered goes to those behind them.
         progress: show a progress bar.
     """
     group = group_instances(records)
     guests = find_guests(records, group)
+    records.drop_evidence()
     group, volume = _remove_duplicates(plan, source, records, guests, group, min_score=min_score, progress=progress)
     if min_volume > 0:
         alive = np.flatnonzero(group >= 0)

@@ -62,7 +62,7 @@ class RayWorkers:
         num_threads: int,
         gpus_per_worker: float = 0,
         calls_per_worker: int = 2,
-        start_timeout: float = 60,
+        start_timeout: float = 120,
     ) -> None:
         for name, count in (
             ("num_workers", num_workers),
@@ -355,7 +355,7 @@ def _import_ray() -> Any:
 
 
 def _connect(ray: Any, address: str | None, *, num_cpus: int) -> None:
-    """Start Ray on this machine, where the kernel ends it with the driver, or join a cluster."""
+    """Start Ray on this machine, where it ends with the driver even if that is killed, or join a cluster."""
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unless its user says so

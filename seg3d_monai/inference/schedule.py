@@ -5,6 +5,7 @@ This file knows neither blocks nor the journal.
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections import deque
@@ -13,6 +14,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+_log = logging.getLogger(__name__)
 
 
 class Workers(Protocol):
@@ -101,4 +104,5 @@ def run_calls(
     if failure is not None:
         raise failure
     if queue:
+        _log.warning("%s", Terminated())
         raise Terminated

@@ -50,10 +50,16 @@ from scipy.sparse.csgraph import connected_components
 
 from seg3d_monai.inference.evidence import Census, Ints, Links
 
+Index = NDArray[np.integer]
+_LINKS_AT_A_TIME = 2**22
+_PARTS = 16
 
-@dataclass(frozen=True)
+
+@dataclass
 class Records:
     """A few numbers for each instance of the stack; instance `first[block] + number`.
+
+    Instances are int32 where they can be.
 
     Attributes:
         first: int64 [blocks + 1] index of each block's first instance.
@@ -63,11 +69,11 @@ class Records:
         corner: int32 [N, 3] lower corner of its mask, volume voxels.
         own: int32 [N] voxels of its exclusive mask within its own block's owned ROI.
         at_home: bool [N] whether no other block owns more of its voxels.
-        reaching: int64 [M] an instance with voxels in a ROI that another block owns, and
+        reaching: int [M] an instance with voxels in a ROI that another block owns, and
         reached: int32 [M] this block.
-        lower: int64 [L] an instance of a block, and
-        higher: int64 [L] the one of a later block that is the same object (rule 2).
-        strength: float64 [L] evidence for it.
+        lower: int [L] an instance of a block, and
+        higher: int [L] the one of a later block that is the same object (rule 2).
+        strength: float32 [L] evidence for it.
     """
 
     first: Ints
@@ -77,11 +83,11 @@ class Records:
     corner: NDArray[np.int32]
     own: NDArray[np.int32]
     at_home: NDArray[np.bool_]
-    reaching: Ints
+    reaching: Index
     reached: NDArray[np.int32]
-    lower: Ints
-    higher: Ints
-    strength: NDArray[np.float64]
+    lower: Index
+    higher: Index
+    strength: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.block)
@@ -89,6 +95,11 @@ class Records:
     def of_block(self, block: int) -> slice:
         """The instances of a block."""
         return slice(int(self.first[block]), int(self.first[block + 1]))
+
+    def drop_evidence(self) -> None:
+        """Give back the memory of what tells groups and guests, once they are known."""
+        self.reaching = self.lower = self.higher = np.zeros(0, self.lower.dtype)
+        self.reached, self.strength = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
 def gather_records(
@@ -106,6 +117,7 @@ def gather_records(
         sizes[block + 1] = numbers
     first, first_reach, first_link = np.cumsum(sizes, axis=0).T
     num_instances, num_reach, num_links = int(first[-1]), int(first_reach[-1]), int(first_link[-1])
+    index = np.int32 if num_instances < np.iinfo(np.int32).max else np.int64
     records = Records(
         first=np.ascontiguousarray(first),
         block=np.repeat(np.arange(num_blocks, dtype=np.int32), np.diff(first)),
@@ -114,11 +126,11 @@ def gather_records(
         corner=np.zeros((num_instances, 3), np.int32),
         own=np.zeros(num_instances, np.int32),
         at_home=np.zeros(num_instances, np.bool_),
-        reaching=np.zeros(num_reach, np.int64),
+        reaching=np.zeros(num_reach, index),
         reached=np.zeros(num_reach, np.int32),
-        lower=np.zeros(num_links, np.int64),
-        higher=np.zeros(num_links, np.int64),
-        strength=np.zeros(num_links),
+        lower=np.zeros(num_links, index),
+        higher=np.zeros(num_links, index),
+        strength=np.zeros(num_links, np.float32),
     )
     for block, census, links in evidence:
         mine = records.of_block(block)
@@ -141,31 +153,40 @@ def group_instances(records: Records) -> Ints:
     """Group of every instance (rules 3 and 4): its lowest member, or -1 if the instance is dropped."""
     count = len(records)
     joins = (records.own[records.lower] > 0) & (records.own[records.higher] > 0)
-    lower, higher = records.lower[joins], records.higher[joins]
-    graph = coo_array((np.ones(len(lower), np.bool_), (lower, higher)), shape=(count, count))
-    num_parts, part = connected_components(graph, directed=False)
-    del graph
+    part = _connected(count, records.lower, records.higher, joins)
     order = np.lexsort((records.block, part))
     same = (np.diff(part[order]) == 0) & (np.diff(records.block[order]) == 0)
     crowded = np.unique(part[order][1:][same])
     del order, same
-    root = np.full(num_parts, count, dtype=np.int64)
+    root = np.full(int(part.max(initial=-1)) + 1, count, dtype=np.int64)
     np.minimum.at(root, part, np.arange(count))
     group = root[part]
     del root
     if len(crowded):
-        inside = np.isin(part[lower], crowded)
-        members = np.flatnonzero(np.isin(part, crowded))
+        is_crowded = np.isin(part, crowded)
+        inside = np.flatnonzero(joins & is_crowded[records.lower])
+        members = np.flatnonzero(is_crowded)
         group[members] = members
-        pairs = np.stack([lower[inside], higher[inside]], axis=1)
-        _join_strongest_first(group, records.block, pairs, records.strength[joins][inside])
+        pairs = np.stack([records.lower[inside], records.higher[inside]], axis=1)
+        _join_strongest_first(group, records.block, pairs, records.strength[inside])
     sizes = np.bincount(group, minlength=count)
     trusted = ((sizes[group] > 1) | records.at_home) & (records.own > 0)
     group[~trusted] = -1
     return group
 
 
-def _join_strongest_first(group: Ints, block: NDArray[np.int32], pairs: Ints, strength: NDArray[np.float64]) -> None:
+def _connected(count: int, a: Index, b: Index, joins: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """The part of each of `count` nodes when those pairs that join do; some pairs at a time, to bound the memory."""
+    part = np.arange(count, dtype=np.int32 if count < np.iinfo(np.int32).max else np.int64)
+    for start in range(0, len(a), _LINKS_AT_A_TIME):
+        some = slice(start, start + _LINKS_AT_A_TIME)
+        rows, columns = part[a[some][joins[some]]], part[b[some][joins[some]]]
+        graph = coo_array((np.ones(len(rows), np.bool_), (rows, columns)), shape=(count, count))
+        part = connected_components(graph, directed=False)[1][part]
+    return part
+
+
+def _join_strongest_first(group: Ints, block: NDArray[np.int32], pairs: Index, strength: NDArray[np.float32]) -> None:
     """Join pairs in place by falling strength, but never two instances of one block."""
     members: dict[int, dict[int, int]] = {}  # group -> {block: instance}
     for index in np.lexsort((pairs[:, 1], pairs[:, 0], -strength)):
@@ -184,20 +205,31 @@ def _join_strongest_first(group: Ints, block: NDArray[np.int32], pairs: Ints, st
 
 def find_guests(records: Records, group: Ints) -> dict[int, Ints]:
     """Instances painted in a block that is not theirs (rule 5), by block, ascending."""
-    reaches = group[records.reaching] >= 0
-    instances, blocks = records.reaching[reaches], records.reached[reaches]
-    if len(instances) == 0:
-        return {}
-    # A block answers for an object if it has a member in the group, or a linked instance without a voxel of its own.
-    stride = np.int64(len(records.first))
-    kept = np.flatnonzero(group >= 0)
-    answers = [group[kept] * stride + records.block[kept]]
-    for mine, theirs in ((records.lower, records.higher), (records.higher, records.lower)):
-        known = (group[mine] >= 0) & (records.own[theirs] == 0)
-        answers.append(group[mine[known]] * stride + records.block[theirs[known]])
-    keys = group[instances] * stride + blocks
-    answered = np.isin(keys, np.concatenate(answers))
     guests: dict[int, list[int]] = {}
-    for block, instance in zip(blocks[~answered].tolist(), instances[~answered].tolist(), strict=True):
-        guests.setdefault(block, []).append(instance)
+    num_blocks = len(records.first) - 1
+    known = [
+        np.flatnonzero((group[mine] >= 0) & (records.own[theirs] == 0))
+        for mine, theirs in ((records.lower, records.higher), (records.higher, records.lower))
+    ]
+    for part in range(_PARTS):
+        start, stop = part * num_blocks // _PARTS, (part + 1) * num_blocks // _PARTS
+        rows = np.flatnonzero((records.reached >= start) & (records.reached < stop))
+        rows = rows[group[records.reaching[rows]] >= 0]
+        instances, blocks = records.reaching[rows], records.reached[rows]
+        if len(rows) == 0:
+            continue
+        # A block answers for an object by a member of the group, or by a linked instance without a voxel of its own.
+        stride = np.int64(num_blocks)
+        members = np.arange(records.first[start], records.first[stop])
+        members = members[group[members] >= 0]
+        answers = [group[members] * stride + records.block[members]]
+        for links, mine, theirs in zip(
+            known, (records.lower, records.higher), (records.higher, records.lower), strict=True
+        ):
+            of_links = records.block[theirs[links]]
+            here = links[(of_links >= start) & (of_links < stop)]
+            answers.append(group[mine[here]] * stride + records.block[theirs[here]])
+        is_open = ~np.isin(group[instances] * stride + blocks, np.concatenate(answers))
+        for block, instance in zip(blocks[is_open].tolist(), instances[is_open].tolist(), strict=True):
+            guests.setdefault(block, []).append(instance)
     return {block: np.array(sorted(found)) for block, found in sorted(guests.items())}

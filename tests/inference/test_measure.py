@@ -7,52 +7,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from inference_toys import crop, tissue_seeds, voronoi
+from measure_toys import BLOCK_SIZES, SHAPE, SPACING, crowded, measured, pictures, write_output
 from skimage.measure import regionprops_table
 
 from seg3d_monai.data.volume import ArrayVolume
 from seg3d_monai.inference import measure
-from seg3d_monai.inference.blocks import BlockPlan
 from seg3d_monai.inference.measure import measure_objects
-from seg3d_monai.inference.writer import LabelWriter
-
-SHAPE = (11, 23, 17)
-SPACING = (4.0, 1.5, 1.0)
-BLOCK_SIZES = [(64, 256, 256), (4, 9, 5), (1, 23, 17), (11, 1, 6)]
-
-
-def write_output(folder, labels, spacing_um=SPACING, image=None):
-    """An OUTPUT as `seg3d predict` writes it."""
-    plan = BlockPlan.make(shape=labels.shape, block_size=(4, 8, 8), halo=1)
-    kind = None if image is None else (image.shape[0], image.dtype)
-    writer = LabelWriter(
-        folder, plan, dtype="uint32", spacing_um=spacing_um, version="0.5", facts={"provenance": {}}, image=kind
-    )
-    writer.create()
-    for block in plan:
-        writer.write(block, crop(labels, block.owned))
-        if image is not None:
-            writer.copy(block, image[:, *(slice(a, b) for a, b in zip(block.owned[:3], block.owned[3:], strict=True))])
-    writer.publish()
-    return folder
-
-
-def crowded(shape=SHAPE):
-    """Many touching objects, some in two pieces, with gaps between the ids and some background."""
-    labels = voronoi(tissue_seeds(shape, (4, 6, 5), 0), (0, 0, 0, *shape)) * 3
-    labels[np.random.default_rng(1).random(shape) < 0.1] = 0
-    return labels
-
-
-def pictures(shape=SHAPE, dtype=np.uint16):
-    return np.random.default_rng(2).integers(0, 65536, (2, *shape)).astype(dtype)
-
-
-def measured(folder, labels, image, spacing_um=SPACING, **options):
-    output = write_output(folder / "x.zarr", labels, spacing_um)
-    if isinstance(image, np.ndarray):
-        image = ArrayVolume(image, spacing_um)
-    return pd.read_parquet(measure_objects(output, image, progress=False, **options))
 
 
 def crofton(mask, spacing):
@@ -226,42 +186,6 @@ def test_places_far_from_the_origin_are_exact():
     assert measure._central_products(*arguments)[0] == count * (side**2 - 1) / 12
 
 
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_regions_by_a_plain_loop(tmp_path, monkeypatch, block_size):
-    monkeypatch.setattr(measure, "_BLOCK_SIZE", block_size)
-    monkeypatch.setattr(measure, "_PENDING_ROWS", 10)
-    labels = crowded()
-    atlas = np.random.default_rng(5).integers(0, 4, (6, 8, 9)) * 600_000_000
-    own = (8.0, 5.0, 2.0)
-    votes = {}
-    for place in product(*map(range, SHAPE)):
-        nearest = [
-            min(int((p + 0.5) * s / a), n - 1) for p, s, a, n in zip(place, SPACING, own, atlas.shape, strict=True)
-        ]
-        votes.setdefault(labels[place], []).append(atlas[tuple(nearest)])
-    table = measured(tmp_path, labels, pictures(), atlas=ArrayVolume(atlas, own))
-    for row in table.to_dict("records"):
-        regions, counts = np.unique(votes[row["id"]], return_counts=True)
-        assert row["region"] == regions[counts.argmax()]
-        assert row["region_share"] == counts.max() / counts.sum()
-
-
-def test_regions_tie_to_the_lower_id_and_may_be_finer_than_the_stack(tmp_path):
-    labels = np.array([1, 1, 2, 2, 0, 3], np.uint32).reshape(1, 1, 6)
-    image = np.zeros((1, 1, 1, 6), np.uint8)
-    coarse = ArrayVolume(np.array([9, 5, 4]).reshape(1, 1, 3), (1.0, 1.0, 2.1))
-    table = measured(tmp_path, labels, image, spacing_um=(1.0, 1.0, 1.0), atlas=coarse)
-    # centres 0.5 .. 5.5 um over the faces 2.1 and 4.2
-    assert list(table["region"]) == [9, 5, 4]
-    table = measured(tmp_path, np.array([1, 1, 1, 1, 2, 2]).reshape(1, 1, 6), image, (1.0, 1.0, 1.0), atlas=coarse)
-    assert list(table["region"]) == [5, 4]
-    assert list(table["region_share"]) == [0.5, 1]
-    # a centre on a face between two fine voxels takes the lower
-    fine = ArrayVolume(np.arange(12).reshape(1, 1, 12), (1.0, 1.0, 0.1))
-    table = measured(tmp_path, np.arange(1, 7).reshape(1, 1, 6), image, (1.0, 1.0, 0.2), atlas=fine)
-    assert list(table["region"]) == [0, 2, 4, 6, 8, 10]
-
-
 def test_files(tmp_path):
     labels, image = crowded(), pictures()
     output = write_output(tmp_path / "x.zarr", labels, image=image)  # the labels, not the copied image, are measured
@@ -277,6 +201,18 @@ def test_files(tmp_path):
     assert path.read_bytes() == first
     names = ["in.zarr", "t.csv", "x.measurements.parquet", "x.zarr"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 5, 9, 4), (1, 0, 0, 0)])
+def test_a_voxel_that_is_not_finite_is_named_and_nothing_is_written(tmp_path, monkeypatch, value, place):
+    monkeypatch.setattr(measure, "_BLOCK_SIZE", (4, 9, 5))
+    image = pictures(dtype=np.float32)
+    image[place] = value
+    channel, z, y, x = place
+    with pytest.raises(ValueError, match=rf"voxel \(channel {channel}, z {z}, y {y}, x {x}\) is {value}; replace"):
+        measured(tmp_path, np.ones(SHAPE, np.uint32), image)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.zarr"]
 
 
 def test_row_groups(tmp_path, monkeypatch):

@@ -13,8 +13,7 @@ from torch import nn
 from seg3d_monai.data.intensity import Intensity, measure_intensity
 from seg3d_monai.data.volume import ArrayVolume
 from seg3d_monai.inference import predict_labels
-from seg3d_monai.inference.mask_paste import resample_logits
-from seg3d_monai.inference.predictor import InstancePredictor, merge_views
+from seg3d_monai.inference.predictor import InstancePredictor
 
 SIZE = (6, 10, 14)
 ROI = (0, 0, 0, *SIZE)
@@ -355,80 +354,10 @@ def test_the_grid_of_a_strided_network_is_mirrored_exactly_on_an_odd_size():
     assert found.scores.tolist() == [0.75]
 
 
-def view(*objects):
-    """Detections (x1, x2, score, class, logit) of a row of voxels."""
-    return {
-        "boxes": torch.tensor([[0.0, 0, x1, 2, 3, x2] for x1, x2, *_ in objects]).reshape(-1, 6),
-        "scores": torch.tensor([float(o[2]) for o in objects]),
-        "classes": torch.tensor([o[3] for o in objects], dtype=torch.int64),
-        "mask_logits": [torch.full((1, 1, 2), float(o[4])) for o in objects],
-    }
-
-
-def merged(*views, score_threshold=0.1):
-    found = merge_views(views, score_threshold=score_threshold, mask_threshold=0.5)
-    rows = zip(found["boxes"], found["scores"], found["classes"], found["mask_logits"], strict=True)
-    return [(b[2].item(), b[5].item(), s.item(), c.item(), m.mean().item()) for b, s, c, m in rows]
-
-
-def test_views_are_merged_by_hand():
-    first, second = view((0, 8, 0.9, 0, 5), (20, 24, 0.8, 0, 3)), view((0, 9.5, 0.6, 0, 2.5))
-    wanted = [(0, 8.6, 0.75, 0, 4), (20, 24, 0.4, 0, 3)]
-    for found in (merged(first, second), merged(second, first)):
-        assert found == [pytest.approx(row, rel=1e-6) for row in wanted]
-
-
-@pytest.mark.parametrize(("start", "number"), [(0, 1), (5, 1), (6, 2), (10, 2)])
-def test_views_are_one_object_from_an_iou_of_three_tenths(start, number):
-    assert len(merged(view((0, 10, 0.9, 0, 5)), view((start, start + 10, 0.8, 0, 5)))) == number  # IoU 5/15, 4/16
-
-
-def test_boxes_overlap_but_masks_do_not():
-    views = [view((0, 10, 0.9, 0, 5)), view((0, 10, 0.8, 0, 5))]
-    views[0]["mask_logits"] = [torch.tensor([[[5.0, -5.0]]])]
-    views[1]["mask_logits"] = [torch.tensor([[[-5.0, 5.0]]])]
-    assert [row[2] for row in merged(*views)] == pytest.approx([0.45, 0.4])
-
-
-def test_two_detections_of_one_view_are_never_one_object():
-    twice = view((0, 8, 0.9, 0, 5), (0, 8, 0.3, 0, 5))
-    assert [row[2] for row in merged(twice, twice)] == pytest.approx([0.9, 0.3])
-
-
-def test_classes_are_merged_apart():
-    found = merged(view((0, 8, 0.9, 0, 5), (0, 8, 0.6, 1, 5)), view((0, 8, 0.7, 0, 5), (0, 8, 0.8, 1, 5)))
-    assert [(row[3], row[2]) for row in found] == [(0, pytest.approx(0.8)), (1, pytest.approx(0.7))]
-
-
-def test_a_detection_below_the_threshold_joins_but_begins_nothing():
-    assert merged(view((0, 8, 0.9, 0, 5)), view((0, 8, 0.2, 0, 5), (20, 28, 0.2, 0, 5)), score_threshold=0.5) == [
-        pytest.approx((0, 8, 0.55, 0, 5), rel=1e-6)
-    ]
-
-
 @pytest.mark.parametrize("flips", ["w", "xx", "xyzx", ["xy"], [0]])
 def test_unknown_flips_are_refused(flips):
     with pytest.raises(ValueError, match="flips is"):
         make(flips=flips)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 9), (6, 4, 7)])
-def test_resampling_equals_grid_sample(shape):
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(4, 5, 7))
-    box, target = (1.5, 2.25, 3, 8, 9.5, 20), (0.5, 3, 1.75, 6.25, 11, 22)
-    axes = []
-    for a in range(3):
-        centre = target[a] + (torch.arange(shape[a]) + 0.5).double() * (target[a + 3] - target[a]) / shape[a]
-        axes.append((centre - box[a]) / (box[a + 3] - box[a]) * 2 - 1)
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1)[None]
-    wanted = F.grid_sample(torch.from_numpy(logits)[None, None], grid, padding_mode="border", align_corners=False)
-    np.testing.assert_allclose(resample_logits(logits, box, target, shape), wanted[0, 0].numpy(), atol=1e-12)
-
-
-def test_a_grid_over_its_own_box_is_left_alone():
-    logits = np.full((2, 3, 4), np.inf)
-    assert resample_logits(logits, (0, 0, 0, 2, 3, 4), (0, 0, 0, 2, 3, 4), (2, 3, 4)) is logits
 
 
 @pytest.mark.parametrize("value", [0, 7, 65_535])

@@ -21,6 +21,7 @@ from seg3d_monai.inference.ray_workers import MAX_DEATHS, RayWorkers
 from seg3d_monai.inference.workers import UnreadableBlockError
 
 NUM_WORKERS = 2
+WAIT = 120  # seconds; far more than a call takes, for a busy machine
 
 
 class Recorder:
@@ -35,7 +36,7 @@ class Recorder:
         return array
 
     def meet(self):
-        self.both_here.wait(30)
+        self.both_here.wait(WAIT)
         return os.getpid()
 
     def hold(self, name):
@@ -67,7 +68,7 @@ def notes(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_until(holds, seconds=30):
+def wait_until(holds, seconds=WAIT):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "waited in vain"
@@ -138,7 +139,7 @@ def test_each_process_makes_one_worker_and_runs_two_calls_at_a_time(shared):
     workers, folder = shared
     assert workers.capacity == 4
     calls = [workers.submit("meet") for _ in range(workers.capacity)]
-    met = Counter(call.result(60) for call in calls)
+    met = Counter(call.result(WAIT) for call in calls)
     assert sorted(met.values()) == [2, 2]
     assert sorted(notes(folder / "made")) == sorted(map(str, met))
 
@@ -148,7 +149,7 @@ def test_results_equal_direct_calls(shared):
     arrays = [np.arange(3 * 50 * 70 * n, dtype=np.float32).reshape(n, 3, 50, 70) for n in (0, 1, 20)]
     calls = {factor: workers.submit("scale", arrays[factor % 3], factor) for factor in range(12)}
     for factor in reversed(calls):
-        found = calls[factor].result(60)
+        found = calls[factor].result(WAIT)
         np.testing.assert_array_equal(found, arrays[factor % 3] * factor)
         assert found.flags.writeable
 
@@ -157,10 +158,10 @@ def test_no_call_waits_behind_a_slow_one(shared):
     workers, folder = shared
     slow = workers.submit("hold", "slow")
     quick = [workers.submit("scale", np.ones(1), n) for n in range(3 * workers.capacity)]
-    assert [float(call.result(60)[0]) for call in quick] == list(range(12))
+    assert [float(call.result(WAIT)[0]) for call in quick] == list(range(12))
     assert not slow.done()
     (folder / "slow.go").touch()
-    assert slow.result(60) == "slow"
+    assert slow.result(WAIT) == "slow"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_no_call_waits_behind_a_slow_one(shared):
 def test_exceptions_of_a_method_arrive_as_they_are_and_once(shared, error):
     workers, folder = shared
     name = type(error).__name__
-    found = workers.submit("fail", name, error).exception(60)
+    found = workers.submit("fail", name, error).exception(WAIT)
     assert type(found) is type(error)
     assert str(found) == str(error)
     assert vars(found) == vars(error)
@@ -188,8 +189,8 @@ def test_exceptions_of_a_method_arrive_as_they_are_and_once(shared, error):
 def test_calls_that_cannot_be_made_fail_alone(shared, method, args, kind, message):
     workers, _ = shared
     with pytest.raises(kind, match=message):
-        workers.submit(method, *args).result(60)
-    assert float(workers.submit("scale", np.ones(1), 3).result(60)[0]) == 3
+        workers.submit(method, *args).result(WAIT)
+    assert float(workers.submit("scale", np.ones(1), 3).result(WAIT)[0]) == 3
 
 
 def test_a_killed_process_is_replaced_and_its_calls_done_again(shared):
@@ -201,7 +202,7 @@ def test_a_killed_process_is_replaced_and_its_calls_done_again(shared):
     os.kill(int(before["b"]), signal.SIGKILL)
     for name in "abcd":
         (folder / f"{name}.go").touch()
-    assert [call.result(60) for call in calls] == list("abcd")
+    assert [call.result(WAIT) for call in calls] == list("abcd")
     for name in "abcd":
         again = notes(folder / name)[1:]
         assert len(again) == (before[name] == before["b"])
@@ -216,17 +217,17 @@ def test_a_call_that_kills_every_process_fails_alone(shared):
     deadly = workers.submit("die", "deadly")
     others += [workers.submit("scale", np.ones(1), next(factors)) for _ in range(8)]
     with pytest.raises(RuntimeError, match=r"^die\('deadly'\) has ended its worker process 3 times .*fewer workers"):
-        deadly.result(120)
-    assert [float(call.result(60)[0]) for call in others] == list(range(11))
+        deadly.result(WAIT)
+    assert [float(call.result(WAIT)[0]) for call in others] == list(range(11))
     assert len(set(notes(folder / "deadly"))) == MAX_DEATHS
     wait_until(lambda: sum(worker.is_ready for worker in workers._workers) == NUM_WORKERS)
-    assert len({call.result(60) for call in [workers.submit("meet") for _ in range(4)]}) == NUM_WORKERS
+    assert len({call.result(WAIT) for call in [workers.submit("meet") for _ in range(4)]}) == NUM_WORKERS
 
 
 def test_thread_count_and_end(local_ray, tmp_path):
     free = free_cpus()
     workers = RayWorkers(partial(Recorder, tmp_path), num_workers=1, num_threads=2, calls_per_worker=1)
-    assert workers.submit("num_threads").result(60) == 2
+    assert workers.submit("num_threads").result(WAIT) == 2
     running = workers.submit("hold", "running")
     waiting, unwanted = workers.submit("die", "waiting"), workers.submit("die", "unwanted")
     wait_until(lambda: notes(tmp_path / "running"))
@@ -249,7 +250,7 @@ def test_workers_import_what_the_driver_can(local_ray, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     adder = importlib.import_module("only_here").Adder
     with RayWorkers(adder, num_workers=1, num_threads=1) as workers:
-        assert workers.submit("add", 2, 3).result(60) == 5
+        assert workers.submit("add", 2, 3).result(WAIT) == 5
 
 
 def refuse(folder):
@@ -271,6 +272,22 @@ def test_a_worker_that_always_dies_while_made(local_ray, tmp_path):
     with pytest.raises(RuntimeError, match="3 worker processes died while they made their worker"):
         RayWorkers(deadly, num_workers=1, num_threads=1)
     assert len(set(notes(tmp_path / "tried"))) == MAX_DEATHS
+
+
+def make_once(folder):
+    if notes(folder / "made"):
+        raise FileNotFoundError("the weights are gone")
+    return Recorder(folder)
+
+
+def test_the_last_worker_cannot_be_started_anew(local_ray, tmp_path):
+    make_worker = partial(make_once, tmp_path)
+    with RayWorkers(make_worker, num_workers=1, num_threads=1, calls_per_worker=1) as workers:
+        for call in [workers.submit("die", "dead"), workers.submit("num_threads")]:
+            with pytest.raises(FileNotFoundError, match="the weights are gone"):
+                call.result(WAIT)
+        with pytest.raises(RuntimeError, match="no worker is left: the weights are gone"):
+            workers.submit("num_threads")
 
 
 def test_more_than_ray_has_is_an_error(local_ray):
@@ -313,37 +330,37 @@ class Adder:
         return a + b
 
 for address in sys.argv[1:]:
-    with RayWorkers(Adder, num_workers=2, num_threads=1, address=address or None) as workers:
-        print(workers.submit("add", 1, 2).result(60), flush=True)
+    with RayWorkers(Adder, num_workers=1, num_threads=1, address=address or None) as workers:
+        print(workers.submit("add", 1, 2).result(), flush=True)
         sys.stdin.readline()
     print(ray.is_initialized(), flush=True)
 """
 
 
-def driver(*addresses):
-    command = [sys.executable, "-c", DRIVER, *addresses]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def test_a_cluster_is_joined_and_left_alone(local_ray):
+def test_a_cluster_is_left_alone_and_ray_of_ones_own_ends_with_its_driver(local_ray):
     free = free_cpus()
-    with driver(local_ray) as process:
-        assert process.communicate("\n", timeout=60)[0].split() == ["3", "False"]
-    wait_until(lambda: free_cpus() == free)
-    assert ray.get(ray.put(1)) == 1
+    command = [sys.executable, "-c", DRIVER, local_ray, "", ""]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
+        def close():
+            print(file=process.stdin, flush=True)
+            assert process.stdout.readline() == "False\n"
 
-def test_ray_of_ones_own_ends_with_the_workers_or_with_a_killed_driver():
-    with driver("", "") as process:
         assert process.stdout.readline() == "3\n"
+        assert free_cpus() == free - 1
+        close()
+        wait_until(lambda: free_cpus() == free)
+
+        assert process.stdout.readline() == "3\n"
+        assert free_cpus() == free
         closed = descendants(process.pid)
-        assert len(closed) >= 4  # two workers and what Ray itself runs
-        process.stdin.write("\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "False\n"
+        assert len(closed) >= 3  # the worker and what Ray itself runs
+        close()
         wait_until(lambda: not any(map(is_alive, closed)), 20)
+
         assert process.stdout.readline() == "3\n"
-        orphaned = descendants(process.pid)
-        assert len(orphaned) >= 4
+        # Two small agents of Ray try for a minute to reach the dead control process before they end by themselves.
+        orphaned = {pid for pid in descendants(process.pid) if "Agent" not in Path(f"/proc/{pid}/cmdline").read_text()}
+        assert len(orphaned) >= 3
         process.kill()
         wait_until(lambda: not any(map(is_alive, orphaned)), 20)

@@ -6,6 +6,7 @@ import ome_zarr_models.v05
 import pytest
 import zarr
 from inference_toys import blank, tree_digest
+from napari_ome_zarr import napari_get_reader
 from ome_zarr.io import parse_url
 from ome_zarr.reader import Reader
 
@@ -65,6 +66,13 @@ def test_valid_for_ome_zarr_models_and_the_ome_zarr_reader(tmp_path, version, wi
     nodes = list(Reader(parse_url(folder / "labels" / "instances"))())
     (node,) = [n for n in nodes if "Label" in {type(spec).__name__ for spec in n.specs}]
     assert [level.shape for level in node.data] == [SHAPE, (5, 150, 135)]
+    read = napari_get_reader(str(folder / "labels" / "instances"))
+    layers = {kind: (levels, options) for levels, options, kind in read(str(folder / "labels" / "instances"))}
+    levels, options = layers["labels"]
+    assert [level.shape for level in levels] == [SHAPE, (5, 150, 135)]
+    assert (np.asarray(levels[0]) == labels).all()
+    assert list(options["scale"]) == [2.0, 0.5, 0.5]
+    assert ("image" in layers) == with_image
     found = {tuple(level.shape for level in n.data) for n in nodes if n.data}  # the label leads to its image
     assert (((2, *SHAPE), (2, 5, 150, 135)) in found) == with_image
     volume = open_volume(folder / "labels" / "instances")

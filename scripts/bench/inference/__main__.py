@@ -18,11 +18,11 @@ from bench.inference.bars import verdicts
 from bench.inference.options import Options
 
 # Each is a module with a METHOD and measure(options) -> rows of the report.
-SECTIONS = ("seams", "exact", "whole", "memory", "workers", "kills")
+SECTIONS = ("seams", "exact", "whole", "memory", "workers", "records", "kills")
 NEED_WEIGHTS = ("whole", "workers")
 DESCRIPTION = (
     "Measures whole-stack inference: errors at the seams between blocks, time against the bare network, peak memory, "
-    "workers, and runs that are killed."
+    "workers, ten million instances, and runs that are killed."
 )
 
 

@@ -14,6 +14,8 @@ MEMORY_BAR = 1.05
 """Most that the peak memory of the large stack may be, in times of the small one's."""
 WORKERS_BAR = 1.75
 """How many times faster two workers of one thread are than one, at least."""
+RECORDS_SECONDS_BAR, RECORDS_GB_BAR = 300, 2.0
+"""Most that ten million instances may take."""
 
 
 def verdicts(result: Mapping[str, Sequence[Row]]) -> Iterator[Row]:
@@ -39,6 +41,10 @@ def verdicts(result: Mapping[str, Sequence[Row]]) -> Iterator[Row]:
     for row in result["workers"]:
         value = row["speed_up"]
         yield _verdict("2 workers", "1 worker / 2 workers", value, f">= {WORKERS_BAR:.2f}x", value >= WORKERS_BAR)
+    for row in result["records"]:
+        work, seconds, peak = f"{row['num_instances']:,} instances", row["seconds"], row["peak_gb"]
+        yield _verdict(work, "seconds", seconds, f"< {RECORDS_SECONDS_BAR}", seconds < RECORDS_SECONDS_BAR)
+        yield _verdict(work, "peak GB", peak, f"< {RECORDS_GB_BAR:g}", None if peak is None else peak < RECORDS_GB_BAR)
     for row in result["kills"]:
         wrong = row["num_different"] + row["num_repeated"]
         yield _verdict(f"{row['num_kills']} kills, {row['num_workers']} workers", "wrong", wrong, "0", wrong == 0)

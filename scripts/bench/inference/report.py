@@ -13,6 +13,7 @@ TITLES = {
     "whole": "Whole stack",
     "memory": "Peak memory",
     "workers": "Workers",
+    "records": "Ten million instances",
     "kills": "Kills",
 }
 ERRORS = ("split", "merged", "lost", "wrong")
@@ -26,6 +27,7 @@ def text(result: dict[str, Any]) -> str:
         "whole": whole_lines,
         "memory": memory_table,
         "workers": workers_table,
+        "records": records_table,
         "kills": kills_table,
     }
     # The operators' report without any of its sections is the head that all have.
@@ -115,6 +117,16 @@ def workers_table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return report.table(lines, ["stack", "", "objects", "1 worker s", "2 workers s", "faster", ""])
+
+
+def records_table(rows: Sequence[Row]) -> str:
+    """Seconds and memory of stitching the records."""
+    lines = [
+        [f"{row[key]:,}" for key in ("num_blocks", "num_instances", "num_links", "num_objects")]
+        + [f"{row['read_seconds']:,.1f}", f"{row['seconds']:,.1f}", report.number(row["peak_gb"], ".2f"), ""]
+        for row in rows
+    ]
+    return report.table(lines, ["blocks", "instances", "links", "objects", "reading s", "all s", "peak GB", ""])
 
 
 def kills_table(rows: Sequence[Row]) -> str:
