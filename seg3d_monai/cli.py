@@ -125,7 +125,7 @@ def predict(
     spacing: list[float] | None = None,
     axes: str | None = None,
     channels: int | list[int] | None = None,
-    time: int | list[int] | str | None = None,
+    time: str | None = None,
     roi: list[int] | None = None,
     foreground: str | None = None,
     block_size: int | list[int] | None = None,
@@ -160,7 +160,7 @@ def predict(
         spacing: Voxel size in micrometres, "[z,y,x]", where the file does not know it.
         axes: Order of the axes, for instance ZYX, CZYX or ZYXC.
         channels: Channel or list of channels to use.
-        time: Time point; a list of them or "all" writes a series.
+        time: Time point; several, "[0,3,4]", or "all" write a series.
         roi: Region to predict, "[z1,y1,x1,z2,y2,x2]" in voxels; the output keeps the stack's frame.
         foreground: Mask of any resolution over the same extent; blocks outside it are not predicted.
         block_size: Voxels that a block owns, one number or "[z,y,x]".
@@ -184,7 +184,7 @@ def predict(
         "spacing": spacing,
         "axes": axes,
         "channels": channels,
-        "time": time,
+        "time": time if time in (None, "all") else _numbers("time", time),
         "roi": roi,
         "foreground": foreground and literal_path(foreground),
         "block_size": block_size,
@@ -445,6 +445,18 @@ def _run_inference(
     files = config_files(folder, config_file, "inference.json") + overlay_files(folder, overlay)
     paths = {"input": literal_path(input), "checkpoint": checkpoint and literal_path(checkpoint)}
     run_bundle(run_id, files, overrides, _given({**paths, **options}))
+
+
+def _numbers(name: str, text: str) -> int | list[int]:
+    """An integer or a list of them, of a flag that also takes a word."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+        raise UsageError(f'--{name} is {text!r}; pass a number, a list "[0,2]" or "all"')
+    return value
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ This file must not know models or files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from seg3d_monai.data.volume import Volume, sample_rois, storage_rois
+from seg3d_monai.data.volume import Roi, Volume, sample_rois, storage_rois
 
 NORMALISED_RANGE = (-1.0, 8.0)
 
@@ -100,7 +100,8 @@ def measure_intensity(
         smallest, and in a constant channel high is low + 1.
 
     Raises:
-        ValueError: a voxel is NaN or infinite, or an argument is out of range.
+        ValueError: a voxel is NaN or infinite, no sampled voxel can be read (damaged chunks alone are left out), or an
+            argument is out of range.
     """
     lower, upper = percentiles
     if not 0 <= lower < upper <= 100:
@@ -109,9 +110,11 @@ def measure_intensity(
         raise ValueError(f"max_voxels={max_voxels} must be at least 1")
     parts: list[np.ndarray] = []
     for roi in sample_rois(volume.shape[1:], max_voxels):
-        block = volume.read(roi)
-        check_block(block, roi, volume.path)
-        parts.append(block.reshape(block.shape[0], -1))
+        for place, block in _readable_parts(volume, roi):
+            check_block(block, place, volume.path)
+            parts.append(block.reshape(block.shape[0], -1))
+    if not parts:
+        raise ValueError(f"{volume.path or 'volume'}: none of the voxels that were sampled can be read; repair it")
     low: list[float] = []
     high: list[float] = []
     for channel in range(volume.shape[0]):
@@ -129,6 +132,24 @@ def measure_intensity(
         low.append(first)
         high.append(last if first < last else max(first + 1.0, float(np.nextafter(first, np.inf))))
     return Intensity(low=tuple(low), high=tuple(high))
+
+
+def _readable_parts(volume: Volume, roi: Roi) -> Iterator[tuple[Roi, np.ndarray]]:
+    """A region, or, where it holds damaged chunks, the others."""
+    try:
+        yield roi, volume.read(roi)
+    except ValueError:
+        for chunk in storage_rois(volume, max_voxels=1):
+            low = [max(a, b) for a, b in zip(chunk[:3], roi[:3], strict=True)]
+            high = [min(a, b) for a, b in zip(chunk[3:], roi[3:], strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            piece = (low[0], low[1], low[2], high[0], high[1], high[2])
+            try:
+                voxels = volume.read(piece)
+            except ValueError:
+                continue  # whoever needs these voxels will say so
+            yield piece, voxels
 
 
 def check_finite(volume: Volume) -> None:

@@ -30,6 +30,7 @@ LOCAL_KEYS = frozenset(
         "num_workers",
         "output",
         "restart",
+        "skip_bad",
     }
 )
 """Keys of an inference configuration that say where and how it runs, not what it computes."""

@@ -142,7 +142,8 @@ def predict_volume(
         image: path of a stack, a volume, or an array [Z, Y, X] or [C, Z, Y, X].
         predictor: picklable callable (block: float32 Tensor [C, d, h, w] of raw voxels, roi: (z1, y1, x1, z2, y2, x2)
             that was read, volume voxels) -> Instances in the block's frame. If it has `for_volume`,
-            `for_volume(volume)` is called once a time point and its result is used; if it has
+            `for_volume(volume)` is called once a time point and its result is used; a run that goes on calls
+            `rebind(volume, binding)` instead, with the JSON-able `binding()` of that result, if it has these; if it has
             `predict_batch(blocks, rois)`, it gets several blocks at once where `batch_size` says so.
         output: where to write, `*.zarr`, in an existing folder.
         block_size: int or (z, y, x) voxels that a block owns.
@@ -219,7 +220,6 @@ def predict_volume(
             "foreground": None if foreground is None else volume_identity(open_input(foreground)),
             "skip_empty": skip_empty,
             "skip_below": skip_below,
-            "skip_bad": skip_bad,
             "score_threshold": score_threshold,
             "min_volume": min_volume,
             "predictor": predictor_identity(predictor) if identity is None else identity,
@@ -258,17 +258,19 @@ def predict_volume(
         estimate = estimate_run(plan, volumes, _bound(predictor, volumes), score_threshold, num_workers, num_empty)
         check_memory(estimate.memory, limit)
         return Prediction(output, paths.tables, paths.journal, len(plan), 0, None, estimate=estimate)
-    if restart:
+    if stored is None:
         paths.remove()
     with Journal(paths.journal) as journal, stop_on_sigterm() as is_stopping:
         if stored is None:
-            journal.begin({"plan": facts, "input": input_identity, "state": PREDICTING})
-            journal.mark_empty(_empty_blocks(plan, volumes, foreground, skip_empty, skip_below, progress))
+            empty = _empty_blocks(plan, volumes, foreground, skip_empty, skip_below, progress)
+            with journal.transaction():
+                journal.begin({"plan": facts, "input": input_identity, "state": PREDICTING})
+                journal.mark_empty(empty)
         elif is_repaired:
             _log.warning("the input was repaired since a block could not be read; going on with the other blocks")
             journal.forget({"input": input_identity, "state": PREDICTING}, "painted", "tiles")
         is_predicted = journal.fact("state") != PREDICTING or len(journal.finished()) == len(plan)
-        predictors = [no_predictor] * len(volumes) if is_predicted else _bound(predictor, volumes)
+        predictors = [no_predictor] * len(volumes) if is_predicted else _bound(predictor, volumes, journal)
         make_worker = partial(BlockWorker, plan, volumes, predictors, score_threshold)
         with closing(start_workers(make_worker, num_workers, address, gpus_per_worker)) as workers:
             run = Run(
@@ -366,11 +368,17 @@ def no_predictor(block: torch.Tensor, roi: Sequence[int]) -> Any:
     raise AssertionError("a block is predicted again")
 
 
-def _bound(predictor: Any, volumes: Sequence[Any]) -> list[Predictor]:
-    """The predictor of each time point."""
-    if hasattr(predictor, "for_volume"):
-        return [predictor.for_volume(volume) for volume in volumes]
-    return [predictor] * len(volumes)
+def _bound(predictor: Any, volumes: Sequence[Any], journal: Journal | None = None) -> list[Predictor]:
+    """The predictor of each time point; what it measures of the volume is measured once and kept in the journal."""
+    if not hasattr(predictor, "for_volume"):
+        return [predictor] * len(volumes)
+    kept = None if journal is None or not hasattr(predictor, "rebind") else journal.fact("bindings")
+    if kept is not None:
+        return [predictor.rebind(volume, binding) for volume, binding in zip(volumes, kept, strict=True)]
+    bound = [predictor.for_volume(volume) for volume in volumes]
+    if journal is not None and hasattr(predictor, "rebind"):
+        journal.set_fact("bindings", [one.binding() for one in bound])
+    return bound
 
 
 def start_workers(

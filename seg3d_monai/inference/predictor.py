@@ -95,8 +95,19 @@ class InstancePredictor:
                 f"the input has {volume.shape[0]} channels and the model takes {self.in_channels}; choose some with "
                 "channels (--channels), or say which axis they are with axes (--axes)"
             )
+        return self._bound(measure_intensity(volume, self.percentiles))
+
+    def binding(self) -> dict[str, Any]:
+        """What `for_volume` has measured, for `rebind`."""
+        return {} if self.intensity is None else self.intensity.to_json()
+
+    def rebind(self, volume: Volume, binding: dict[str, Any]) -> "InstancePredictor":
+        """What `for_volume` gave when it was asked before, without measuring again."""
+        return self._bound(Intensity.from_json(binding)) if binding else self.for_volume(volume)
+
+    def _bound(self, intensity: Intensity) -> "InstancePredictor":
         bound = copy.copy(self)
-        bound.intensity = measure_intensity(volume, self.percentiles)
+        bound.intensity = intensity
         return bound
 
     def identity(self) -> dict[str, Any]:

@@ -66,6 +66,24 @@ class ResamplingPredictor:
         Raises:
             ValueError: the volume does not know its voxel size, or it differs more than fifty-fold along an axis.
         """
+        bound = self._at_spacing_of(volume)
+        if hasattr(self.predictor, "for_volume"):
+            bound.predictor = self.predictor.for_volume(volume)
+        return bound
+
+    def binding(self) -> dict[str, Any]:
+        """What the inner predictor's `for_volume` has measured, for `rebind`."""
+        return dict(self.predictor.binding()) if hasattr(self.predictor, "binding") else {}
+
+    def rebind(self, volume: Volume, binding: dict[str, Any]) -> ResamplingPredictor:
+        """What `for_volume` gave when it was asked before, without measuring again."""
+        if not hasattr(self.predictor, "rebind"):
+            return self.for_volume(volume)
+        bound = self._at_spacing_of(volume)
+        bound.predictor = self.predictor.rebind(volume, binding)
+        return bound
+
+    def _at_spacing_of(self, volume: Volume) -> ResamplingPredictor:
         if volume.spacing_um is None:
             raise ValueError(
                 f"{volume.path or 'the volume'} does not say its voxel size, and the predictor was made for "
@@ -75,8 +93,6 @@ class ResamplingPredictor:
         _check_ratio(self.spacing_um, spacing)
         bound = copy.copy(self)
         bound.volume_spacing_um = spacing
-        if hasattr(self.predictor, "for_volume"):
-            bound.predictor = self.predictor.for_volume(volume)
         return bound
 
     def identity(self) -> dict[str, Any]:

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from seg3d_monai.inference.blocks import Block, BlockPlan
-from seg3d_monai.inference.journal import FINISHED, PREDICTING, Journal, JournalInUseError, describe_difference
+from seg3d_monai.inference.journal import (
+    DONE,
+    FINISHED,
+    PREDICTING,
+    UNREADABLE,
+    Journal,
+    JournalInUseError,
+    describe_difference,
+)
 from seg3d_monai.inference.writer import is_own_output, partial_path
 
 _log = logging.getLogger(__name__)
@@ -103,6 +111,8 @@ def read_stored_run(paths: OutputPaths, restart: bool) -> dict[str, Any] | None:
                     raise ValueError(
                         f"{paths.output} exists but the run in {paths.journal} did not write it; pass --restart"
                     )
+                if stored["state"] == PREDICTING and not journal.blocks_in_state(DONE, UNREADABLE):
+                    return None  # nothing is lost: another plan may take its place
                 return stored | {"holes": journal.unreadable()}
     for found in paths.results():
         if found.exists():

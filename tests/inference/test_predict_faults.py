@@ -175,3 +175,51 @@ def test_a_run_outside_the_main_thread_ignores_signals(tmp_path):
     thread.start()
     thread.join()
     assert found[0].num_objects == TRUTH.max()
+
+
+def test_skip_bad_may_be_added_to_a_run_that_stopped(tmp_path):
+    stack, chunk = written_stack(tmp_path)
+    chunk.write_bytes(b"damaged")
+    predictor = Logging(TRUTH, tmp_path / "log")
+    with pytest.raises(ValueError, match="--skip_bad"):
+        predict_volume(stack, predictor, tmp_path / "x.zarr", spacing=(2, 1, 1), **GRID)
+    done = predict_volume(stack, predictor, tmp_path / "x.zarr", spacing=(2, 1, 1), skip_bad=True, **GRID)
+    assert len(done.holes) > 0
+    assert len(predictor.calls()) == len(set(predictor.calls())) == len(PLAN) - len(done.holes)
+
+
+def test_a_journal_without_a_finished_block_gives_way_to_another_plan(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict_volume(blank(SHAPE), Logging(TRUTH, tmp_path / "log", fail_at=0), tmp_path / "x.zarr", **GRID)
+    done = predict_volume(blank(SHAPE), Perfect(TRUTH), tmp_path / "x.zarr", (5, 20, 20), (2, 4, 3), progress=False)
+    assert done.num_objects == TRUTH.max()
+
+
+class Measuring(Logging):
+    """Logging; `for_volume` measures the volume, `rebind` takes what was measured."""
+
+    def __init__(self, truth, log, fail_at=None, measured=None):
+        super().__init__(truth, log, fail_at)
+        self.measured = measured
+
+    def for_volume(self, volume):
+        with (self.log.parent / "measured").open("a") as file:
+            file.write("once\n")
+        return Measuring(self.truth, self.log, self.fail_at, {"peak": 7})
+
+    def binding(self):
+        return self.measured
+
+    def rebind(self, volume, binding):
+        return Measuring(self.truth, self.log, self.fail_at, binding)
+
+    def __call__(self, block, roi):
+        assert self.measured == {"peak": 7}
+        return super().__call__(block, roi)
+
+
+def test_what_was_measured_of_the_volume_is_kept_for_the_blocks_that_are_left(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict_volume(blank(SHAPE), Measuring(TRUTH, tmp_path / "log", 5), tmp_path / "x.zarr", **GRID)
+    predict_volume(blank(SHAPE), Measuring(TRUTH, tmp_path / "log"), tmp_path / "x.zarr", **GRID)
+    assert (tmp_path / "measured").read_text() == "once\n"
