@@ -192,12 +192,13 @@ def test_bars_met_and_missed():
         "whole": [{"model": "m", "times_bare": 1.101}],
         "memory": [{"small": "0.5 GiB", "large": "4 GiB", "ratio": None}],
         "workers": [{"speed_up": 1.75}],
+        "records": [{"num_instances": 10_000_000, "seconds": 299.0, "peak_gb": 2.0}],
         "kills": [{"num_kills": 2, "num_workers": 1, "num_different": 0, "num_repeated": 1}],
     }
     rows = list(verdicts(result))
-    assert [row["met"] for row in rows] == [False, True, False, True, False, None, True, False]
+    assert [row["met"] for row in rows] == [False, True, False, True, False, None, True, True, False, False]
     endings = [text.split("  ")[-1].strip() for text in bars_table(rows).splitlines()[2:]]
-    assert endings == ["NO", "yes", "NO", "yes", "NO", "not measured", "yes", "NO"]
+    assert endings == ["NO", "yes", "NO", "yes", "NO", "not measured", "yes", "yes", "NO", "NO"]
 
 
 @pytest.mark.parametrize(

@@ -175,9 +175,9 @@ def group_instances(records: Records) -> Ints:
     return group
 
 
-def _connected(count: int, a: Index, b: Index, joins: NDArray[np.bool_]) -> NDArray[np.int32]:
+def _connected(count: int, a: Index, b: Index, joins: NDArray[np.bool_]) -> Index:
     """The part of each of `count` nodes when those pairs that join do; some pairs at a time, to bound the memory."""
-    part = np.arange(count, dtype=np.int32 if count < np.iinfo(np.int32).max else np.int64)
+    part: Index = np.arange(count, dtype=np.int32 if count < np.iinfo(np.int32).max else np.int64)
     for start in range(0, len(a), _LINKS_AT_A_TIME):
         some = slice(start, start + _LINKS_AT_A_TIME)
         rows, columns = part[a[some][joins[some]]], part[b[some][joins[some]]]
