@@ -15,6 +15,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from seg3d_monai.inference.blocks import BlockPlan
+from seg3d_monai.inference.freed_memory import give_back
 from seg3d_monai.inference.journal import DONE, EMPTY, UNREADABLE, Journal
 from seg3d_monai.inference.paint import Stitched, stitch_records
 from seg3d_monai.inference.schedule import Call, Workers, run_calls
@@ -116,6 +117,7 @@ class Run:
 
     def stitch(self) -> Stitched:
         """Join the instances of all blocks into objects."""
+        give_back()
         records = gather_records(len(self.plan), self.journal.evidence_counts(), self.journal.evidence())
         return stitch_records(
             self.plan,
@@ -165,6 +167,7 @@ class Run:
         self, stitched: Stitched, *, spacing_um: Sequence[float] | None, times: Sequence[int] | None = None
     ) -> Iterator[pd.DataFrame]:
         """The object table, in parts; see `ObjectTotals.tables`."""
+        give_back()
         totals = ObjectTotals(self.plan, stitched.num_objects)
         for block, counts in self.journal.painted():
             totals.add(block, counts)
