@@ -130,6 +130,7 @@ class Run:
 
     def paint(self, stitched: Stitched, writer: LabelTarget) -> None:
         """Paint every block that holds an object and is not painted."""
+        give_back()
         painted = self.journal.blocks_with("painted")
         blocks = stitched.painted_blocks()
         queue = deque(self._paint_call(stitched, writer, block) for block in blocks if block not in painted)
@@ -154,6 +155,7 @@ class Run:
     def build_levels(self, writer: LabelWriter) -> None:
         """Build the coarser levels, one after the other."""
         for name in writer.coarse_arrays():
+            give_back()
             built = self.journal.tiles(name)
             missing = [tile for tile in range(writer.num_tiles(name)) if tile not in built]
             parts = [missing[i : i + _TILES_OF_A_CALL] for i in range(0, len(missing), _TILES_OF_A_CALL)]
