@@ -23,6 +23,8 @@ from seg3d_monai.inference.workers import BlockWorker, Predictor, UnreadableBloc
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BYTES_OF_AN_INSTANCE = 250
 """While the stack is stitched."""
+BYTES_OF_A_ROW = 250
+"""Of an instance in the journal, beside its mask."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def estimate_run(
     rows, _ = found
     labels = label_map(unpack_instances(rows), block.owned)
     written = len(numcodecs.Zstd(level=3).encode(np.ascontiguousarray(labels))) * 8 / 7  # and the coarser levels
-    journalled = sum(len(row[-1]) + BYTES_OF_AN_INSTANCE for row in rows)
+    journalled = sum(len(row[-1]) + BYTES_OF_A_ROW for row in rows)
     # Blocks at the border own less: compare voxels, not numbers of blocks.
     share = prod(roi_shape(plan.region)) * plan.times / prod(roi_shape(block.owned))
     share *= 1 - num_empty / len(plan)

@@ -196,7 +196,7 @@ def count_pairs(a: NDArray[np.integer], b: NDArray[np.integer]) -> tuple[Ints, I
     stride = int(b.max(initial=0)) + 1
     keys = a[both].astype(np.int64) * stride + b[both]
     bins = (int(a.max(initial=0)) + 1) * stride
-    if bins <= _MOST_BINS:  # counting in a table takes a tenth of the time of sorting
+    if bins <= _MOST_BINS:  # counting in a table needs no sorting
         counts = np.bincount(keys, minlength=bins)
         keys = np.flatnonzero(counts)
         counts = counts[keys]

@@ -348,7 +348,10 @@ def predict_labels(
         stitched = run.stitch()
         labels = _LabelArray(plan)
         run.paint(stitched, labels)
-        (table,) = run.tables(stitched, spacing_um=volume.spacing_um)
+        tables = run.count(stitched).tables(
+            scores=stitched.scores, classes=stitched.classes, spacing_um=volume.spacing_um
+        )
+        table = pd.concat(tables, ignore_index=True)
     return labels.array, table
 
 

@@ -60,8 +60,15 @@ def publish(run: Run, paths: OutputPaths, facts: dict[str, Any]) -> int:
         run.build_levels(writer)
     if paths.label_tiff is not None:
         write_label_tiff(writer.path, paths.label_tiff, spacing_um=facts["spacing_um"], progress=run.progress)
+    totals = run.count(stitched)
     for path in paths.tables:
-        write_table(run.tables(stitched, spacing_um=facts["spacing_um"], times=facts["times"]), path)
+        tables = totals.tables(
+            scores=stitched.scores,
+            classes=stitched.classes,
+            spacing_um=facts["spacing_um"],
+            times=facts["times"],
+        )
+        write_table(tables, path)
     journal.set_fact("num_objects", stitched.num_objects)
     journal.set_fact("state", PUBLISHING)
     if writer.partial.exists():

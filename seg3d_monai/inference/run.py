@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 from tqdm import tqdm
 
 from seg3d_monai.inference.blocks import BlockPlan
@@ -165,15 +164,13 @@ class Run:
                     self.journal.store_tiles(name, call.key)
                     bar.update(len(call.key))
 
-    def tables(
-        self, stitched: Stitched, *, spacing_um: Sequence[float] | None, times: Sequence[int] | None = None
-    ) -> Iterator[pd.DataFrame]:
-        """The object table, in parts; see `ObjectTotals.tables`."""
+    def count(self, stitched: Stitched) -> ObjectTotals:
+        """Gather what the painted blocks hold of each object."""
         give_back()
         totals = ObjectTotals(self.plan, stitched.num_objects)
         for block, counts in self.journal.painted():
             totals.add(block, counts)
-        return totals.tables(scores=stitched.scores, classes=stitched.classes, spacing_um=spacing_um, times=times)
+        return totals
 
     def _batches(self, missing: Sequence[int]) -> Iterator[tuple[int, ...]]:
         """Missing blocks in the batches that the plan gives them: these do not depend on what was done before."""

@@ -68,7 +68,7 @@ def count_objects(slots: NDArray[np.integer], ids: NDArray[np.int64], roi: Roi) 
 
 
 class ObjectTotals:
-    """Counts of whole objects, gathered from blocks: 64 bytes an object.
+    """Counts of whole objects, gathered from blocks: 60 bytes an object.
 
     Args:
         plan: the plan of blocks.

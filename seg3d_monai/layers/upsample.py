@@ -9,8 +9,7 @@ from torch import Tensor
 def repeat_cells(x: Tensor, ratio: Sequence[int], first_axis: int) -> Tensor:
     """Nearest upsampling: cell i of the result is cell i // ratio of `x`.
 
-    Unlike F.interpolate it takes maps with their channels first or last, its gradient is a sum of whole tensors, and on
-    CPUs it takes half the time, forward and backward.
+    Unlike F.interpolate it takes maps with their channels first or last, and its gradient is a sum of whole tensors.
 
     Args:
         x: any shape with three axes of space in a row.
