@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from seg3d_monai.data.volume import ArrayVolume
@@ -43,9 +42,9 @@ from seg3d_monai.inference.resume import (
     read_stored_run,
 )
 from seg3d_monai.inference.run import Run
-from seg3d_monai.inference.schedule import Workers, stop_on_sigterm
+from seg3d_monai.inference.schedule import stop_on_sigterm
 from seg3d_monai.inference.table import FORMATS
-from seg3d_monai.inference.workers import BlockWorker, Predictor, ThreadWorkers
+from seg3d_monai.inference.workers import BlockWorker, Predictor, ThreadWorkers, no_predictor, start_workers
 from seg3d_monai.inference.writer import OME_ZARR_VERSIONS
 
 DEFAULT_BLOCK_SIZE = (64, 256, 256)
@@ -366,11 +365,6 @@ class _LabelArray:
         self.array[roi_slices(block.owned, self._origin)] = labels
 
 
-def no_predictor(block: torch.Tensor, roi: Sequence[int]) -> Any:
-    """Stand for the predictor where all blocks are predicted."""
-    raise AssertionError("a block is predicted again")
-
-
 def _bound(predictor: Any, volumes: Sequence[Any], journal: Journal | None = None) -> list[Predictor]:
     """The predictor of each time point; what it measures of the volume is measured once and kept in the journal."""
     if not hasattr(predictor, "for_volume"):
@@ -382,23 +376,6 @@ def _bound(predictor: Any, volumes: Sequence[Any], journal: Journal | None = Non
     if journal is not None and hasattr(predictor, "rebind"):
         journal.set_fact("bindings", [one.binding() for one in bound])
     return bound
-
-
-def start_workers(
-    make_worker: Callable[[], BlockWorker], num_workers: int, address: str | None, gpus: float
-) -> Workers:
-    """A thread of this process, or several processes on Ray; `predict_volume` describes the arguments."""
-    if num_workers == 1 and address is None:
-        return ThreadWorkers(make_worker())
-    from seg3d_monai.inference.ray_workers import RayWorkers
-
-    return RayWorkers(
-        make_worker,
-        num_workers=num_workers,
-        address=address,
-        num_threads=torch.get_num_threads(),
-        gpus_per_worker=gpus,
-    )
 
 
 def _state_memory(plan: BlockPlan, volume: Any, limit: int | None, peak_of_a_block: int, num_instances: int) -> None:

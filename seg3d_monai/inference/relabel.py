@@ -13,12 +13,12 @@ from typing import Any
 from seg3d_monai.data.volume import open_volume
 from seg3d_monai.inference.blocks import BlockPlan
 from seg3d_monai.inference.journal import PREDICTING, STITCHING, Journal
-from seg3d_monai.inference.predict import Prediction, no_predictor, start_workers
+from seg3d_monai.inference.predict import Prediction
 from seg3d_monai.inference.publish import publish
 from seg3d_monai.inference.resume import OutputPaths
 from seg3d_monai.inference.run import Run
 from seg3d_monai.inference.schedule import stop_on_sigterm
-from seg3d_monai.inference.workers import BlockWorker
+from seg3d_monai.inference.workers import BlockWorker, no_predictor, start_workers
 
 
 def relabel_volume(

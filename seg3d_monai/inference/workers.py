@@ -23,6 +23,7 @@ from seg3d_monai.inference.evidence import Census, Ints, Links, link_block, take
 from seg3d_monai.inference.instances import Instances
 from seg3d_monai.inference.journal import PackedInstance, RowSource, pack_instances
 from seg3d_monai.inference.paint import Claims, paint_block
+from seg3d_monai.inference.schedule import Workers
 from seg3d_monai.inference.table import ObjectCounts, count_objects
 from seg3d_monai.inference.writer import LabelWriter
 
@@ -186,6 +187,28 @@ class ThreadWorkers:
         """Wait for the calls that run, and end."""
         self._threads.shutdown(cancel_futures=True)
         self._worker.close()
+
+
+def start_workers(
+    make_worker: Callable[[], BlockWorker], num_workers: int, address: str | None, gpus: float
+) -> Workers:
+    """A thread of this process, or several processes on Ray; `predict_volume` describes the arguments."""
+    if num_workers == 1 and address is None:
+        return ThreadWorkers(make_worker())
+    from seg3d_monai.inference.ray_workers import RayWorkers
+
+    return RayWorkers(
+        make_worker,
+        num_workers=num_workers,
+        address=address,
+        num_threads=torch.get_num_threads(),
+        gpus_per_worker=gpus,
+    )
+
+
+def no_predictor(block: torch.Tensor, roi: Roi) -> Any:
+    """Stand for the predictor where all blocks are predicted."""
+    raise AssertionError("a block is predicted again")
 
 
 def _where(block: Block) -> str:

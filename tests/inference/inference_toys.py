@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import zarr
 from scipy.ndimage import find_objects
 from scipy.spatial import cKDTree
 
@@ -119,3 +120,8 @@ def tree_digest(folder):
     """Every file below a folder with the digest of its bytes."""
     files = (p for p in sorted(Path(folder).rglob("*")) if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def labels_of(output):
+    """The labels of an OUTPUT, level 0, in memory."""
+    return np.asarray(zarr.open_array(output, path="labels/instances/0", mode="r"))

@@ -5,7 +5,17 @@ import pandas as pd
 import pytest
 import tifffile
 import zarr
-from inference_toys import Logging, Perfect, blank, same_partition, tissue_seeds, to_instances, tree_digest, voronoi
+from inference_toys import (
+    Logging,
+    Perfect,
+    blank,
+    labels_of,
+    same_partition,
+    tissue_seeds,
+    to_instances,
+    tree_digest,
+    voronoi,
+)
 
 from seg3d_monai.data.volume import ArrayVolume, open_volume
 from seg3d_monai.inference import predict_labels, predict_volume
@@ -16,10 +26,6 @@ SHAPE = (14, 40, 36)
 TRUTH = voronoi(tissue_seeds(SHAPE, (7, 14, 12), seed=2), (0, 0, 0, *SHAPE))
 GRID = {"block_size": (6, 18, 20), "halo": (2, 4, 3), "progress": False}
 PLAN = BlockPlan.make(shape=SHAPE, block_size=GRID["block_size"], halo=GRID["halo"])
-
-
-def labels_of(path):
-    return np.asarray(zarr.open_array(path, path="labels/instances/0", mode="r"))
 
 
 @pytest.mark.parametrize(
