@@ -24,13 +24,13 @@ from seg3d_monai.inference.evidence import Census, Ints, Links, arrays_of
 from seg3d_monai.inference.instances import PlacedInstance, pack_mask, unpack_mask
 from seg3d_monai.inference.table import ObjectCounts
 
-FORMAT = 2
+FORMAT = 3
 PREDICTING, STITCHING, PAINTING, PUBLISHING, FINISHED = "predicting", "stitching", "painting", "publishing", "finished"
 STARTED, DONE, EMPTY, UNREADABLE = "started", "done", "empty", "unreadable"
 
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE blocks (block INTEGER PRIMARY KEY, state TEXT NOT NULL, started INTEGER NOT NULL);
+CREATE TABLE blocks (block INTEGER PRIMARY KEY, state TEXT NOT NULL, started INTEGER NOT NULL, reason TEXT);
 CREATE TABLE instances (
     block INTEGER NOT NULL, number INTEGER NOT NULL, score REAL NOT NULL, class INTEGER NOT NULL, box BLOB NOT NULL,
     z1 INTEGER NOT NULL, y1 INTEGER NOT NULL, x1 INTEGER NOT NULL,
@@ -180,7 +180,10 @@ class Journal:
             raise ValueError(f"{self.path} cannot be used as a journal: {error}; delete it to start anew") from error
         if found != FORMAT:
             self._db.close()
-            raise ValueError(f"{self.path} has format {found}, this version writes {FORMAT}; pass --restart")
+            raise ValueError(
+                f"{self.path} has format {found}, this version writes {FORMAT}; finish it with the version that began "
+                "it, or predict anew with --restart"
+            )
 
     def close(self) -> None:
         """Give the file and its lock back."""
@@ -210,8 +213,8 @@ class Journal:
     def start_block(self, block: int) -> None:
         """Note that a block is handed out; `starts` counts these."""
         self._db.execute(
-            "INSERT INTO blocks VALUES (?, ?, 1) "
-            "ON CONFLICT (block) DO UPDATE SET state = excluded.state, started = started + 1",
+            "INSERT INTO blocks VALUES (?, ?, 1, NULL) "
+            "ON CONFLICT (block) DO UPDATE SET state = excluded.state, started = started + 1, reason = NULL",
             (block, STARTED),
         )
 
@@ -228,18 +231,17 @@ class Journal:
     def mark_empty(self, blocks: Iterable[int]) -> None:
         """Note blocks that need no prediction."""
         with self.transaction():
-            self._db.executemany("INSERT OR IGNORE INTO blocks VALUES (?, ?, 0)", ((b, EMPTY) for b in blocks))
+            self._db.executemany("INSERT OR IGNORE INTO blocks VALUES (?, ?, 0, NULL)", ((b, EMPTY) for b in blocks))
 
     def mark_unreadable(self, block: int, reason: str) -> None:
         """Note that a block's voxels could not be read, and why."""
-        with self.transaction():
-            self._set_state(block, UNREADABLE)
-            self.set_fact(f"unreadable {block}", reason)
+        self._set_state(block, UNREADABLE, reason)
 
-    def _set_state(self, block: int, state: str) -> None:
+    def _set_state(self, block: int, state: str, reason: str | None = None) -> None:
         self._db.execute(
-            "INSERT INTO blocks VALUES (?, ?, 0) ON CONFLICT (block) DO UPDATE SET state = excluded.state",
-            (block, state),
+            "INSERT INTO blocks VALUES (?, ?, 0, ?) "
+            "ON CONFLICT (block) DO UPDATE SET state = excluded.state, reason = excluded.reason",
+            (block, state, reason),
         )
 
     def forget_links(self, blocks: Iterable[int]) -> None:
@@ -266,7 +268,8 @@ class Journal:
 
     def unreadable(self) -> dict[int, str]:
         """Blocks that could not be read, and why."""
-        return {block: self.fact(f"unreadable {block}") for block in sorted(self.blocks_in_state(UNREADABLE))}
+        query = "SELECT block, reason FROM blocks WHERE state = ? ORDER BY block"
+        return dict(self._db.execute(query, (UNREADABLE,)))
 
     def starts(self) -> dict[int, int]:
         """How many times each block was handed out."""

@@ -1,6 +1,7 @@
 """The journal: whole blocks or nothing, one driver, plans that can be compared."""
 
 import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -61,6 +62,34 @@ def test_a_block_is_stored_whole_or_not_at_all():
             journal.finish_blocks({0: ([*rows, rows[0]], CENSUS)})
         assert journal.blocks_in_state("done") == set()
         assert journal.instances(0) == []
+
+
+def test_why_a_block_could_not_be_read_is_known_until_it_is_tried_again(tmp_path):
+    path = tmp_path / "a.journal.sqlite"
+    with Journal(path) as journal:
+        for block in (5, 2, 9):
+            journal.start_block(block)
+        journal.mark_unreadable(5, "chunk 3 is damaged")
+        journal.mark_unreadable(2, "NaN at (z 1, y 2, x 3)")
+    with Journal(path) as journal:
+        assert list(journal.unreadable().items()) == [(2, "NaN at (z 1, y 2, x 3)"), (5, "chunk 3 is damaged")]
+        journal.start_block(5)
+        journal.finish_blocks({5: ([], CENSUS)})
+        journal.mark_unreadable(9, "chunk 4 is damaged")
+        assert journal.unreadable() == {2: "NaN at (z 1, y 2, x 3)", 9: "chunk 4 is damaged"}
+        assert journal.starts() == {2: 1, 5: 2, 9: 1}
+    with closing(sqlite3.connect(path)) as stored:
+        assert stored.execute("SELECT reason FROM blocks WHERE block = 5").fetchone() == (None,)
+        assert stored.execute("SELECT name FROM facts").fetchall() == [("format",)]
+
+
+def test_a_journal_of_an_older_format_is_refused(tmp_path):
+    path = tmp_path / "a.journal.sqlite"
+    Journal(path).close()
+    with closing(sqlite3.connect(path)) as stored, stored:
+        stored.execute("UPDATE facts SET value = '2' WHERE name = 'format'")
+    with pytest.raises(ValueError, match=r"has format 2, this version writes 3; finish it .* or predict .* --restart"):
+        Journal(path)
 
 
 def test_a_second_driver_is_kept_out(tmp_path):
