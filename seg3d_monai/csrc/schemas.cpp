@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY(seg3d, m) {
   m.def("nms3d(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
   m.def("batched_nms3d(Tensor boxes, Tensor scores, Tensor group, float iou_threshold) -> Tensor");
   m.def(
+      "match_boxes3d(Tensor boxes, Tensor truth, float foreground_iou, float background_iou, bool match_best) -> "
+      "Tensor");
+  m.def(
       "ms_deform_attn3d(Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) -> "
       "Tensor");
   m.def(

@@ -2,9 +2,19 @@
 
 from seg3d_monai.ops.group_norm import group_norm
 from seg3d_monai.ops.layer_norm import layer_norm
+from seg3d_monai.ops.match_boxes3d import match_boxes3d
 from seg3d_monai.ops.ms_deform_attn3d import ms_deform_attn3d
 from seg3d_monai.ops.nms3d import batched_nms3d, nms3d
 from seg3d_monai.ops.registration import status
 from seg3d_monai.ops.roi_align3d import roi_align3d
 
-__all__ = ["batched_nms3d", "group_norm", "layer_norm", "ms_deform_attn3d", "nms3d", "roi_align3d", "status"]
+__all__ = [
+    "batched_nms3d",
+    "group_norm",
+    "layer_norm",
+    "match_boxes3d",
+    "ms_deform_attn3d",
+    "nms3d",
+    "roi_align3d",
+    "status",
+]

@@ -17,8 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seg3d_monai.ops.boxes import pairwise_iou
+
 BLOCK = 512
 """Boxes that NMS compares at once with all the kept ones."""
+PAIRS = 2**22
+"""Pairs of a box and a true box that matching holds at once."""
 
 
 def roi_align3d(
@@ -150,6 +154,33 @@ def batched_nms3d(boxes: Tensor, scores: Tensor, group: Tensor, iou_threshold: f
             stays = settled
         kept = torch.cat([kept, block[stays]])
     return order[kept]
+
+
+def match_boxes3d(
+    boxes: Tensor, truth: Tensor, foreground_iou: float, background_iou: float, match_best: bool
+) -> Tensor:
+    """Assign boxes [M, 6] to true boxes [G, 6]; see `seg3d_monai.ops.match_boxes3d`."""
+    matched = boxes.new_full((len(boxes),), -1, dtype=torch.int64)
+    if not len(boxes) or not len(truth):
+        return matched
+    chunks = boxes.split(max(1, PAIRS // len(truth)))
+    truth_best = truth.new_zeros(len(truth))
+    for chunk, result in zip(chunks, matched.split(len(chunks[0])), strict=True):
+        iou = _iou_of_numbers(truth, chunk)
+        value, index = iou.max(0)
+        result.copy_(index.masked_fill_(value < foreground_iou, -2).masked_fill_(value < background_iou, -1))
+        truth_best = torch.maximum(truth_best, iou.amax(1))
+    if match_best:
+        for chunk, result in zip(chunks, matched.split(len(chunks[0])), strict=True):
+            iou = _iou_of_numbers(truth, chunk)
+            is_best = (iou == truth_best[:, None]) & (iou > 0)
+            result.copy_(torch.where(is_best.any(0), is_best.int().argmax(0), result))
+    return matched
+
+
+def _iou_of_numbers(truth: Tensor, boxes: Tensor) -> Tensor:
+    """IoU [G, M], 0 where it is no number."""
+    return pairwise_iou(truth, boxes).nan_to_num_(0.0)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:

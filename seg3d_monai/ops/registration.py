@@ -23,13 +23,14 @@ REFERENCE_KERNELS: dict[str, Callable[..., Any]] = {
     "ms_deform_attn3d_backward": reference.ms_deform_attn3d_backward,
     "nms3d": reference.nms3d,
     "batched_nms3d": reference.batched_nms3d,
+    "match_boxes3d": reference.match_boxes3d,
     "layer_norm": reference.layer_norm,
     "layer_norm_backward": reference.layer_norm_backward,
     "group_norm": reference.group_norm,
     "group_norm_backward": reference.group_norm_backward,
 }
-PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d", "ms_deform_attn3d", "layer_norm", "group_norm")
-PLAIN_ON_CUDA = ("layer_norm", "layer_norm_backward", "group_norm", "group_norm_backward")
+PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d", "match_boxes3d", "ms_deform_attn3d", "layer_norm", "group_norm")
+PLAIN_ON_CUDA = ("match_boxes3d", "layer_norm", "layer_norm_backward", "group_norm", "group_norm_backward")
 """Operators without a CUDA kernel of ours: torch's own ones, which the reference calls, are good there."""
 
 
@@ -143,6 +144,13 @@ def _nms3d_fake(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 @torch.library.register_fake(f"{NAMESPACE}::batched_nms3d")
 def _batched_nms3d_fake(boxes: Tensor, scores: Tensor, group: Tensor, iou_threshold: float) -> Tensor:
     return boxes.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::match_boxes3d")
+def _match_boxes3d_fake(
+    boxes: Tensor, truth: Tensor, foreground_iou: float, background_iou: float, match_best: bool
+) -> Tensor:
+    return boxes.new_empty(boxes.shape[:1], dtype=torch.int64)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::layer_norm")

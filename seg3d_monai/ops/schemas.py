@@ -14,6 +14,9 @@ SCHEMAS = {
     ),
     "nms3d": "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
     "batched_nms3d": "(Tensor boxes, Tensor scores, Tensor group, float iou_threshold) -> Tensor",
+    "match_boxes3d": (
+        "(Tensor boxes, Tensor truth, float foreground_iou, float background_iou, bool match_best) -> Tensor"
+    ),
     "ms_deform_attn3d": (
         "(Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) -> Tensor"
     ),

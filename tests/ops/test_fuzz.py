@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seg3d_monai.ops import batched_nms3d, group_norm, layer_norm, ms_deform_attn3d, nms3d, roi_align3d
+from seg3d_monai.ops import (
+    batched_nms3d,
+    group_norm,
+    layer_norm,
+    match_boxes3d,
+    ms_deform_attn3d,
+    nms3d,
+    reference,
+    roi_align3d,
+)
 
 FEW = settings(max_examples=150, deadline=None, derandomize=True)
 EXTENTS = st.integers(1, 9)
@@ -59,6 +68,18 @@ def test_roi_align3d(data):
     tolerance = max(torch.finfo(dtype).eps * 2, 1e-9)
     np.testing.assert_allclose(pooled.detach()[near].double().numpy(), expected, rtol=tolerance, atol=tolerance)
     assert torch.isfinite(pooled).all()
+
+
+@FEW
+@given(st.data())
+def test_match_boxes3d(data):
+    draw = data.draw
+    # Small whole numbers make ties and IoUs at the thresholds; their volumes are exact in any order of sums.
+    coordinates = draw(st.sampled_from([st.integers(0, 4).map(float), st.sampled_from([0.0, 3.0, math.inf, math.nan])]))
+    boxes, truth = (boxes_of(draw, most, coordinates).float() for most in (40, 10))
+    background, foreground = sorted(draw(st.tuples(*[st.sampled_from([0.0, 0.1, 1 / 3, 0.5, 1.0])] * 2)))
+    arguments = (boxes, truth, foreground, background, draw(st.booleans()))
+    assert torch.equal(match_boxes3d(*arguments), reference.match_boxes3d(*arguments))
 
 
 @FEW

@@ -17,6 +17,7 @@ TESTS = (
     "test_roi_align3d.py",
     "test_ms_deform_attn3d.py",
     "test_nms3d.py",
+    "test_match_boxes3d.py",
     "test_layer_norm.py",
     "test_group_norm.py",
 )
