@@ -68,13 +68,12 @@ def select_detections(
         max_detections: detections kept, best first.
 
     Returns:
-        {"boxes": [M, 6], "scores": [M], "classes": [M]} by descending score.
+        {"boxes": [M, 6], "scores": [M], "classes": [M], "rows": int64 [M], their proposals} by descending score.
     """
     prob = class_logits.softmax(1)[:, :-1]
     boxes = clip_boxes(decode_boxes(deltas, proposals, ROI_WEIGHTS), image_size)
     score, label = prob.max(1)
     keep = non_empty(boxes, 1.0)
     keep = keep[score[keep] >= score_threshold]
-    boxes, score, label = boxes[keep], score[keep], label[keep]
-    kept = nms3d(boxes, score, nms_threshold)[:max_detections]
-    return {"boxes": boxes[kept], "scores": score[kept], "classes": label[kept]}
+    rows = keep[nms3d(boxes[keep], score[keep], nms_threshold)[:max_detections]]
+    return {"boxes": boxes[rows], "scores": score[rows], "classes": label[rows], "rows": rows}

@@ -29,7 +29,7 @@ def maskrcnn3d(
     num_roi_samples: int = 128,
     roi_foreground_fraction: float = 0.5,
     num_mask_samples: int = 32,
-    pre_nms_top_n: tuple[int, int] = (1000, 10000),
+    pre_nms_top_n: tuple[int, int] = (1000, 20000),
     post_nms_top_n: tuple[int, int] = (500, 5000),
     proposal_nms_threshold: tuple[float, float] = (0.6, 0.4),
     min_objectness: float = 0.1,

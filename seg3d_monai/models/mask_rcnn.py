@@ -4,6 +4,7 @@ Must not know losses, data or files. Boxes are (z1, y1, x1, z2, y2, x2) in voxel
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,6 +14,11 @@ from seg3d_monai.heads import AnchorGrid, BoxHead, MaskHead, RoIPooler, RPNHead,
 from seg3d_monai.matching import IoUMatcher, sample_balanced
 
 logger = logging.getLogger(__name__)
+
+LIMITS_VOXELS = 5_000_000
+"""Voxels of an image for which limits of proposals and detections are meant; in evaluation larger images have more."""
+LATE_SHARE, MOST_LATE = 0.05, 0.01
+"""Proposals are too few where so large a share of them, the last, gives more than such a share of the objects."""
 
 Target = Mapping[str, Tensor]
 
@@ -32,13 +38,16 @@ class MaskRCNN3d(nn.Module):
         num_roi_samples: proposals of an image that the box head is trained on.
         roi_foreground_fraction: largest share of foreground among them.
         num_mask_samples: foreground proposals of an image that the mask head is trained on.
-        pre_nms_top_n: anchors kept of each level and image before NMS, (training, evaluation).
-        post_nms_top_n: proposals kept of each image, (training, evaluation).
+        pre_nms_top_n: anchors kept of each level and image before NMS, (training, evaluation). Too few lose objects:
+            a bright cell has dozens of good anchors, and they take the places of a dim one's. The number for
+            evaluation is for images of up to `LIMITS_VOXELS`, and grows in proportion with larger ones.
+        post_nms_top_n: proposals kept of each image, (training, evaluation); grows alike. A warning says when the last
+            of them still give objects.
         proposal_nms_threshold: IoU of duplicates among proposals, (training, evaluation).
         min_objectness: least objectness of a proposal in evaluation, a probability.
         score_threshold: least score of a detection.
         detection_nms_threshold: IoU of duplicates among detections.
-        max_detections: detections kept of each image; a warning says when it or `post_nms_top_n` is reached.
+        max_detections: detections kept of each image; grows alike. A warning says which score the last one had.
     """
 
     def __init__(
@@ -55,7 +64,7 @@ class MaskRCNN3d(nn.Module):
         num_roi_samples: int = 128,
         roi_foreground_fraction: float = 0.5,
         num_mask_samples: int = 32,
-        pre_nms_top_n: tuple[int, int] = (1000, 10000),
+        pre_nms_top_n: tuple[int, int] = (1000, 20000),
         post_nms_top_n: tuple[int, int] = (500, 5000),
         proposal_nms_threshold: tuple[float, float] = (0.6, 0.4),
         min_objectness: float = 0.1,
@@ -112,18 +121,19 @@ class MaskRCNN3d(nn.Module):
         anchors = self.anchors(features)
         objectness, deltas = self.rpn(features)
         size = images.shape[2:]
+        growth = 1.0 if self.training else max(1.0, math.prod(size) / LIMITS_VOXELS)
         proposals = select_proposals(
             objectness,
             deltas,
             anchors,
             size,
-            pre_nms_top_n=self.pre_nms_top_n[not self.training],
-            post_nms_top_n=self.post_nms_top_n[not self.training],
+            pre_nms_top_n=round(growth * self.pre_nms_top_n[not self.training]),
+            post_nms_top_n=round(growth * self.post_nms_top_n[not self.training]),
             nms_threshold=self.proposal_nms_threshold[not self.training],
             min_objectness=0.0 if self.training else self.min_objectness,
         )
         if not self.training:
-            return self._detect(features, proposals, size)
+            return self._detect(features, proposals, size, growth)
         if targets is None:
             raise ValueError("targets is None in training mode; pass one dict for each image, or call eval() first")
         outputs = {
@@ -160,8 +170,9 @@ class MaskRCNN3d(nn.Module):
         }
 
     def _detect(
-        self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], size: Sequence[int]
+        self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], size: Sequence[int], growth: float
     ) -> list[dict[str, Tensor]]:
+        most_proposals, most_detections = round(growth * self.post_nms_top_n[1]), round(growth * self.max_detections)
         detections = []
         for n, boxes in enumerate(proposals):
             logits, deltas = self._classify(features, boxes, n)
@@ -172,10 +183,18 @@ class MaskRCNN3d(nn.Module):
                 size,
                 score_threshold=self.score_threshold,
                 nms_threshold=self.detection_nms_threshold,
-                max_detections=self.max_detections,
+                max_detections=most_detections,
             )
-            self._warn_once("post_nms_top_n", len(boxes), self.post_nms_top_n[1])
-            self._warn_once("max_detections", len(found["boxes"]), self.max_detections)
+            rows = found.pop("rows")
+            if len(boxes) >= most_proposals:
+                self._warn_of_late_objects(rows[found["scores"] >= 0.5], len(boxes))
+            if len(rows) >= most_detections > 0:
+                least = float(found["scores"][-1])
+                self._warn_once(
+                    "max_detections",
+                    f"{len(rows)} objects are as many as one image may have, those of scores below {least:.2f} are "
+                    f"lost: raise max_detections = {self.max_detections}",
+                )
             found["mask_logits"] = self._masks(features, found["boxes"], found["classes"], n)
             detections.append(found)
         return detections
@@ -197,10 +216,20 @@ class MaskRCNN3d(nn.Module):
             masks.append(logits[torch.arange(len(label), device=label.device), label])
         return torch.cat(masks)
 
-    def _warn_once(self, name: str, number: int, most: int) -> None:
-        if number >= most and name not in self._warned:
+    def _warn_of_late_objects(self, rows: Tensor, num_proposals: int) -> None:
+        """Objects come from the best proposals; where even the last ones give some, those left out would too."""
+        late = int((rows >= (1 - LATE_SHARE) * num_proposals).sum())
+        if late > MOST_LATE * len(rows):
+            self._warn_once(
+                "post_nms_top_n",
+                f"{late} of {len(rows)} objects come from the last twentieth of {num_proposals} proposals; others may "
+                f"be lost: raise post_nms_top_n = {self.post_nms_top_n[1]}",
+            )
+
+    def _warn_once(self, name: str, message: str) -> None:
+        if name not in self._warned:
             self._warned.add(name)
-            logger.warning("%s = %d is reached; objects may be lost: raise it or use smaller blocks", name, most)
+            logger.warning("%s", message)
 
 
 def _batch_index(boxes: Sequence[Tensor]) -> Tensor:

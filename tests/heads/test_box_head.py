@@ -33,7 +33,8 @@ def test_each_proposal_is_a_detection_of_its_most_probable_class_duplicates_drop
     assert found["classes"].tolist() == [1, 0, 1]
     torch.testing.assert_close(found["scores"], torch.tensor([0.7, 0.3, 0.15]))
     assert found["boxes"].tolist() == [[0, 0, 0, 4, 8, 14], [0, 0, 0, 3, 5, 7], [4, 8, 16, 8, 16, 32]]
-    assert found["classes"].dtype == torch.int64
+    assert found["rows"].tolist() == [1, 3, 2]
+    assert found["classes"].dtype == found["rows"].dtype == torch.int64
 
 
 def test_thresholds():
@@ -51,7 +52,8 @@ def test_deltas_move_boxes_by_a_tenth_of_the_extent_and_a_fifth_of_the_log():
 @pytest.mark.parametrize("rows", [0, 1])
 def test_no_detection(rows):
     found = detect([[0.01, 0.01, 0.98]] * rows, proposals=PROPOSALS[:rows])
-    assert {k: tuple(v.shape) for k, v in found.items()} == {"boxes": (0, 6), "scores": (0,), "classes": (0,)}
+    shapes = {"boxes": (0, 6), "scores": (0,), "classes": (0,), "rows": (0,)}
+    assert {k: tuple(v.shape) for k, v in found.items()} == shapes
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])

@@ -1,12 +1,14 @@
 """The detector as a whole: training step with none, one and many instances, and the contract of its detections."""
 
 import logging
+from math import prod
 
 import pytest
 import torch
 
 from seg3d_monai.losses import MaskRCNNCriterion
 from seg3d_monai.matching import IoUMatcher
+from seg3d_monai.models import mask_rcnn
 
 SIZE = (17, 33, 49)
 CROWD = [(z, y, x, z + 4, y + 6, x + 8) for z in (0, 4, 8, 13) for y in (0, 6, 13, 20, 27) for x in (1, 17, 33)]
@@ -199,7 +201,66 @@ def test_more_detections_than_fit_are_cut_and_said(make_detector, caplog):
     with caplog.at_level(logging.WARNING):
         found = network(image)[0]
     assert torch.equal(found["boxes"], whole["boxes"][:7])
-    assert "max_detections" in caplog.text
+    least = f"{float(whole['scores'][6]):.2f}"
+    assert f"7 objects are as many as one image may have, those of scores below {least} are lost" in caplog.text
+    assert "raise max_detections = 7" in caplog.text
+
+
+def test_limits_of_proposals_grow_with_images_beyond_their_size_in_evaluation(make_detector, make_target, monkeypatch):
+    image = torch.randn(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    limits = {"pre_nms_top_n": (100, 500), "post_nms_top_n": (50, 250), "max_detections": 100}
+    few, many = make_detector(), make_detector(**limits)
+    wanted = many.eval()(image)[0]
+    assert not torch.equal(few.eval()(image)[0]["boxes"], wanted["boxes"])
+    monkeypatch.setattr(mask_rcnn, "LIMITS_VOXELS", prod(SIZE) / 2.5)
+    for key, value in few.eval()(image)[0].items():
+        assert torch.equal(value, wanted[key])
+    for detector in (few, many):
+        outputs, _ = step(detector, image, [make_target(SIZE, [])])
+        assert len(outputs["rois"]) == 50
+
+
+@pytest.mark.parametrize(
+    ("num_proposals", "most", "sure", "weak", "said"),
+    [
+        (20, 20, range(18), [], None),
+        (20, 20, [*range(18), 19], [], "1 of 19 objects come from the last twentieth of 20 proposals"),
+        (20, 20, range(18), [18, 19], None),  # more probably background than an object
+        (20, 20, range(19), [], None),
+        (20, 21, range(20), [], None),  # all proposals were looked at
+        (20, 20, [], [], None),
+        (300, 300, [*range(199), 299], [], None),  # one in a hundred is borne
+        (300, 300, [*range(198), 285, 299], [], None),
+        (300, 300, [*range(197), 284, 285, 299], [], None),
+        (300, 300, [*range(197), 285, 286, 299], [], "3 of 200 objects come from the last twentieth of 300 proposals"),
+    ],
+)
+def test_too_few_proposals_are_told_by_the_objects_that_the_last_ones_give(
+    make_detector, caplog, num_proposals, most, sure, weak, said
+):
+    network = make_detector(
+        pre_nms_top_n=(100, num_proposals // 2),
+        post_nms_top_n=(50, most),
+        proposal_nms_threshold=(1.0, 1.0),
+        min_objectness=0.0,
+        detection_nms_threshold=1.0,
+        max_detections=1000,
+    ).eval()
+    network.rpn.deltas.weight.data.zero_()  # every proposal is an anchor: none vanishes
+
+    def classify(features, boxes, image):
+        assert len(boxes) == num_proposals
+        prob = torch.full((num_proposals,), 0.01)
+        prob[list(sure)], prob[weak] = 0.9, 0.4
+        return torch.stack([prob, 1 - prob], 1).log(), torch.zeros(num_proposals, 6)
+
+    network._classify = classify
+    images = torch.randn(2, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING), torch.inference_mode():
+        assert [len(found["boxes"]) for found in network(images)] == [num_proposals] * 2
+    assert [record.message for record in caplog.records] == (
+        [] if said is None else [f"{said}; others may be lost: raise post_nms_top_n = {most}"]  # once
+    )
 
 
 def test_masks_of_many_detections_belong_to_their_boxes(make_detector):
