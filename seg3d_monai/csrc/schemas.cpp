@@ -17,6 +17,9 @@ STABLE_TORCH_LIBRARY(seg3d, m) {
       "match_boxes3d(Tensor boxes, Tensor truth, float foreground_iou, float background_iou, bool match_best) -> "
       "Tensor");
   m.def(
+      "mask_targets3d(Tensor label, Tensor ids, Tensor boxes, SymInt out_d, SymInt out_h, SymInt out_w) -> (Tensor, "
+      "Tensor)");
+  m.def(
       "ms_deform_attn3d(Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) -> "
       "Tensor");
   m.def(

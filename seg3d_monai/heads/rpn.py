@@ -74,11 +74,11 @@ def select_proposals(
     best_deltas = [d.gather(1, row[..., None].expand(-1, -1, 6)) for d, row in zip(deltas, rows, strict=True)]
     best_anchors = torch.cat([a[row] for a, row in zip(anchors, rows, strict=True)], 1)
     boxes = decode_boxes(torch.cat(best_deltas, 1).flatten(0, 1), best_anchors.flatten(0, 1), ANCHOR_WEIGHTS)
-    boxes = clip_boxes(boxes, image_size).view_as(best_anchors)
-    proposals = []
-    for box, score, level in zip(boxes, torch.cat([b.values for b in best], 1), levels, strict=True):
-        keep = non_empty(box, min_size)
-        keep = keep[score[keep].sigmoid() >= min_objectness]
-        kept = batched_nms3d(box[keep], score[keep], level[keep], nms_threshold)[:post_nms_top_n]
-        proposals.append(box[keep[kept]])
-    return proposals
+    boxes = clip_boxes(boxes, image_size)
+    scores = torch.cat([b.values for b in best], 1).flatten()
+    keep = non_empty(boxes, min_size)
+    keep = keep[scores[keep].sigmoid() >= min_objectness]
+    image = torch.arange(len(boxes), device=boxes.device) // levels.shape[1]
+    groups = image * len(anchors) + levels.flatten()
+    keep = keep[batched_nms3d(boxes[keep], scores[keep], groups[keep], nms_threshold)]
+    return [boxes[keep[image[keep] == n][:post_nms_top_n]] for n in range(len(levels))]

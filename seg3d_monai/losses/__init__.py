@@ -1,7 +1,6 @@
 """Criteria: (outputs, targets) -> {name: weighted scalar}. Must not know models, data or engines."""
 
 from seg3d_monai.losses.mask_rcnn import MaskRCNNCriterion
-from seg3d_monai.losses.mask_targets import mask_targets
 from seg3d_monai.losses.set_criterion import SetCriterion
 
-__all__ = ["MaskRCNNCriterion", "SetCriterion", "mask_targets"]
+__all__ = ["MaskRCNNCriterion", "SetCriterion"]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seg3d_monai.losses.mask_targets import mask_targets
 from seg3d_monai.matching import IoUMatcher, sample_balanced
+from seg3d_monai.ops import mask_targets3d
 from seg3d_monai.ops.boxes import ANCHOR_WEIGHTS, ROI_WEIGHTS, encode_boxes
 
 LOSSES = ("objectness", "anchor_box", "class", "roi_box", "mask_bce", "mask_dice")
@@ -99,7 +99,7 @@ class MaskRCNNCriterion:
         counts = _counts(outputs["mask_batch"], len(targets))
         rois = outputs["mask_rois"].split(counts)
         grids = [
-            mask_targets(target["label"], target["ids"][index], boxes, logits.shape[2:])
+            mask_targets3d(target["label"], target["ids"][index], boxes, logits.shape[2:])
             for target, index, boxes in zip(targets, matched.split(counts), rois, strict=True)
         ]
         classes = _lookup(targets, "classes", matched, counts)

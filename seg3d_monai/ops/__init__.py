@@ -2,6 +2,7 @@
 
 from seg3d_monai.ops.group_norm import group_norm
 from seg3d_monai.ops.layer_norm import layer_norm
+from seg3d_monai.ops.mask_targets3d import mask_targets3d
 from seg3d_monai.ops.match_boxes3d import match_boxes3d
 from seg3d_monai.ops.ms_deform_attn3d import ms_deform_attn3d
 from seg3d_monai.ops.nms3d import batched_nms3d, nms3d
@@ -12,6 +13,7 @@ __all__ = [
     "batched_nms3d",
     "group_norm",
     "layer_norm",
+    "mask_targets3d",
     "match_boxes3d",
     "ms_deform_attn3d",
     "nms3d",

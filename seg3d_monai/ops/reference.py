@@ -23,6 +23,8 @@ BLOCK = 512
 """Boxes that NMS compares at once with all the kept ones."""
 PAIRS = 2**22
 """Pairs of a box and a true box that matching holds at once."""
+IGNORED_CODE = 2**31 - 1
+"""What -1 becomes where labels are looked up as int32."""
 
 
 def roi_align3d(
@@ -181,6 +183,22 @@ def match_boxes3d(
 def _iou_of_numbers(truth: Tensor, boxes: Tensor) -> Tensor:
     """IoU [G, M], 0 where it is no number."""
     return pairwise_iou(truth, boxes).nan_to_num_(0.0)
+
+
+def mask_targets3d(
+    label: Tensor, ids: Tensor, boxes: Tensor, out_d: int, out_h: int, out_w: int
+) -> tuple[Tensor, Tensor]:
+    """Occupancy [P, out_d, out_h, out_w] of instances in boxes; see `seg3d_monai.ops.mask_targets3d`."""
+    bins = (out_d, out_h, out_w)
+    (z, dz), (y, dy), (x, dx) = (_bin_taps(boxes, axis, bins[axis], label.shape[axis]) for axis in range(3))
+    rows = z[:, None, :, :, None] * label.shape[1] + y[:, :, None]
+    voxels = rows[:, :, None, ..., None] * label.shape[2] + x[:, :, None, None]
+    found = _codes(label).flatten().index_select(0, voxels.flatten()).view(voxels.shape)
+    valid = found.amax((0, 1, 2)) != IGNORED_CODE
+    occupancy = found.eq_(_codes(ids)[:, None, None, None]).float()  # in place: a bool takes several times as long
+    for weight in (dz[:, :, None, None], dy[:, None, :, None], dx[:, None, None, :]):
+        occupancy = torch.lerp(occupancy[0], occupancy[1], weight)
+    return occupancy, valid
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
@@ -409,3 +427,20 @@ def _axis_weights(
             matrix += torch.where(voxel == low, 1 - fraction, 0.0) + torch.where(voxel == low + 1, fraction, 0.0)
         weights.append(torch.where(grid[..., None] > 0, matrix / grid[..., None], 0.0).to(accumulate))
     return weights
+
+
+def _codes(label: Tensor) -> Tensor:
+    """int64 -1 .. 2**32 - 2 -> int32, which is looked up and compared in half the time; -1 wraps to the largest."""
+    return (label.long() - 2**31).int()
+
+
+def _bin_taps(boxes: Tensor, axis: int, bins: int, size: int) -> tuple[Tensor, Tensor]:
+    """The two voxels int32 [2, P, bins] on either side of bin centres on one axis, and weight [P, bins] of the second.
+
+    A centre on a voxel has that one twice, so that only voxels with a share are looked up.
+    """
+    start, end = boxes[:, axis, None].float(), boxes[:, axis + 3, None].float()
+    step = (torch.arange(bins, device=boxes.device) + 0.5) / bins
+    position = (start + (end - start) * step - 0.5).clamp(0, size - 1)
+    lower = position.floor()
+    return torch.stack([lower, position.ceil()]).int(), position - lower

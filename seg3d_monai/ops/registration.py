@@ -24,13 +24,30 @@ REFERENCE_KERNELS: dict[str, Callable[..., Any]] = {
     "nms3d": reference.nms3d,
     "batched_nms3d": reference.batched_nms3d,
     "match_boxes3d": reference.match_boxes3d,
+    "mask_targets3d": reference.mask_targets3d,
     "layer_norm": reference.layer_norm,
     "layer_norm_backward": reference.layer_norm_backward,
     "group_norm": reference.group_norm,
     "group_norm_backward": reference.group_norm_backward,
 }
-PUBLIC = ("roi_align3d", "nms3d", "batched_nms3d", "match_boxes3d", "ms_deform_attn3d", "layer_norm", "group_norm")
-PLAIN_ON_CUDA = ("match_boxes3d", "layer_norm", "layer_norm_backward", "group_norm", "group_norm_backward")
+PUBLIC = (
+    "roi_align3d",
+    "nms3d",
+    "batched_nms3d",
+    "match_boxes3d",
+    "mask_targets3d",
+    "ms_deform_attn3d",
+    "layer_norm",
+    "group_norm",
+)
+PLAIN_ON_CUDA = (
+    "match_boxes3d",
+    "mask_targets3d",
+    "layer_norm",
+    "layer_norm_backward",
+    "group_norm",
+    "group_norm_backward",
+)
 """Operators without a CUDA kernel of ours: torch's own ones, which the reference calls, are good there."""
 
 
@@ -151,6 +168,14 @@ def _match_boxes3d_fake(
     boxes: Tensor, truth: Tensor, foreground_iou: float, background_iou: float, match_best: bool
 ) -> Tensor:
     return boxes.new_empty(boxes.shape[:1], dtype=torch.int64)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::mask_targets3d")
+def _mask_targets3d_fake(
+    label: Tensor, ids: Tensor, boxes: Tensor, out_d: int, out_h: int, out_w: int
+) -> tuple[Tensor, Tensor]:
+    size = (boxes.shape[0], out_d, out_h, out_w)
+    return boxes.new_empty(size), boxes.new_empty(size, dtype=torch.bool)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::layer_norm")

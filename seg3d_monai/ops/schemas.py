@@ -17,6 +17,9 @@ SCHEMAS = {
     "match_boxes3d": (
         "(Tensor boxes, Tensor truth, float foreground_iou, float background_iou, bool match_best) -> Tensor"
     ),
+    "mask_targets3d": (
+        "(Tensor label, Tensor ids, Tensor boxes, SymInt out_d, SymInt out_h, SymInt out_w) -> (Tensor, Tensor)"
+    ),
     "ms_deform_attn3d": (
         "(Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) -> Tensor"
     ),

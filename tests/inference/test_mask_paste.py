@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy.ndimage import map_coordinates
 
 from seg3d_monai.inference.mask_paste import paste_mask, resample_logits
-from seg3d_monai.losses import mask_targets
+from seg3d_monai.ops import mask_targets3d
 
 SIZE = (9, 17, 26)
 
@@ -62,7 +62,7 @@ def test_the_grid_of_the_truth_gives_back_the_object():
     mask = ellipsoid()
     box = extent(mask)
     size = [int(v) for v in box[3:] - box[:3]]
-    occupancy, _ = mask_targets(mask.long(), torch.tensor([1]), box[None], size)
+    occupancy, _ = mask_targets3d(mask.long(), torch.tensor([1]), box[None], size)
     assert torch.equal(paste_mask(torch.logit(occupancy[0], eps=1e-3), box), crop(mask, box))
 
 
@@ -72,7 +72,7 @@ def test_other_grids_give_back_nearly_the_object(grid, least, grow):
     mask = ellipsoid()
     box = extent(mask) + torch.tensor([-grow, -grow, -grow, grow, grow, grow])
     box = torch.minimum(box.clamp(min=0), torch.tensor([*SIZE, *SIZE]))
-    occupancy, _ = mask_targets(mask.long(), torch.tensor([1]), box[None], grid)
+    occupancy, _ = mask_targets3d(mask.long(), torch.tensor([1]), box[None], grid)
     found, truth = paste_mask(torch.logit(occupancy[0], eps=1e-3), box), crop(mask, box)
     assert (found & truth).sum() / (found | truth).sum() > least
 
@@ -84,7 +84,7 @@ def test_touching_objects_are_given_back_apart():
     for number, mask in ((1, first), (2, second)):
         box = extent(mask)
         size = [int(v) for v in box[3:] - box[:3]]
-        occupancy, _ = mask_targets(label, torch.tensor([number]), box[None], size)
+        occupancy, _ = mask_targets3d(label, torch.tensor([number]), box[None], size)
         assert torch.equal(paste_mask(torch.logit(occupancy[0], eps=1e-3), box), crop(mask, box))
 
 

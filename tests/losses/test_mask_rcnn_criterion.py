@@ -5,8 +5,9 @@ import pytest
 import set_targets
 import torch
 
-from seg3d_monai.losses import MaskRCNNCriterion, mask_targets
+from seg3d_monai.losses import MaskRCNNCriterion
 from seg3d_monai.matching import IoUMatcher
+from seg3d_monai.ops import mask_targets3d
 
 SIZE = (8, 16, 24)
 GRID = (4, 6, 8)
@@ -138,7 +139,7 @@ def test_mask_losses(targets):
     pairs = list(zip(outputs["mask_batch"].tolist(), outputs["mask_matched"].tolist(), strict=True))
     for p, (n, match) in enumerate(pairs):
         target = targets[n]
-        occupancy, valid = mask_targets(
+        occupancy, valid = mask_targets3d(
             target["label"], target["ids"][match : match + 1], outputs["mask_rois"][p : p + 1], GRID
         )
         logits = as_numpy(outputs["mask_logits"])[p, target["classes"][match]][valid[0].numpy()]

@@ -18,6 +18,7 @@ TESTS = (
     "test_ms_deform_attn3d.py",
     "test_nms3d.py",
     "test_match_boxes3d.py",
+    "test_mask_targets3d.py",
     "test_layer_norm.py",
     "test_group_norm.py",
 )

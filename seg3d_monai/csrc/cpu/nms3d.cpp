@@ -260,24 +260,40 @@ Tensor run(const Tensor& box_tensor, const Tensor& score_tensor, const int64_t* 
     radix_sort(by_group);
   }
   std::vector<uint8_t> kept(count, 0);
-  std::vector<Box<T>> solid;  // of one group
-  solid.reserve(group == nullptr ? count : 0);
-  for (uint32_t begin = 0, end = 0; begin < count; begin = end) {
-    solid.clear();
-    for (; end < count && (group == nullptr || by_group[end].key == by_group[begin].key); ++end) {
-      const Box<T> box = read_box(corners, scores, group == nullptr ? end : by_group[end].index);
-      // A volume that is zero or infinite makes every IoU zero or NaN, which is over no threshold.
-      if (box.volume() > 0 && box.volume() <= std::numeric_limits<double>::max()) {
-        solid.push_back(box);
-      } else {
-        kept[box.index] = 1;
-      }
-    }
-    if (solid.size() <= 32) {
-      suppress_few<T>(solid, iou_threshold, kept.data());
+  std::vector<Box<T>> solid;  // group by group
+  solid.reserve(count);
+  std::vector<size_t> group_ends;
+  for (uint32_t i = 0; i < count; ++i) {
+    const Box<T> box = read_box(corners, scores, group == nullptr ? i : by_group[i].index);
+    // A volume that is zero or infinite makes every IoU zero or NaN, which is over no threshold.
+    if (box.volume() > 0 && box.volume() <= std::numeric_limits<double>::max()) {
+      solid.push_back(box);
     } else {
-      GridSuppression<T>(solid, iou_threshold, kept.data());
+      kept[box.index] = 1;
     }
+    if (i + 1 == count || (group != nullptr && by_group[i + 1].key != by_group[i].key)) {
+      group_ends.push_back(solid.size());
+    }
+  }
+  const auto suppress = [&](int64_t group_index) {
+    const size_t begin = group_index == 0 ? 0 : group_ends[group_index - 1];
+    const std::span<Box<T>> boxes(solid.data() + begin, group_ends[group_index] - begin);
+    if (boxes.size() <= 32) {
+      suppress_few<T>(boxes, iou_threshold, kept.data());
+    } else {
+      GridSuppression<T>(boxes, iou_threshold, kept.data());
+    }
+  };
+  // Groups run side by side; one alone shares its own work out.
+  const int64_t num_groups = static_cast<int64_t>(group_ends.size());
+  if (num_groups == 1) {
+    suppress(0);
+  } else {
+    torch::stable::parallel_for(0, num_groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        suppress(i);
+      }
+    });
   }
   std::vector<Keyed<sort_key_t<T>>> by_score;
   by_score.reserve(count);
