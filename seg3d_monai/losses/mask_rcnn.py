@@ -2,6 +2,9 @@
 
 Objectness is binary cross-entropy and class is cross-entropy, boxes are smooth L1 on encoded deltas, masks are binary
 cross-entropy plus soft Dice, which keeps thin and small masks from being outvoted by their box's background.
+
+Each loss is a mean over the samples of an image, then over images (masks: over images that have instances), so that it
+does not matter which images are in one batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seg3d_monai.losses.counts import Counts, count_targets, or_one
 from seg3d_monai.matching import IoUMatcher, sample_balanced
 from seg3d_monai.ops import mask_targets3d
 from seg3d_monai.ops.boxes import ANCHOR_WEIGHTS, ROI_WEIGHTS, encode_boxes
@@ -46,23 +50,35 @@ class MaskRCNNCriterion:
         self.anchor_foreground_fraction = anchor_foreground_fraction
         self.weights = dict.fromkeys(LOSSES, 1.0) | dict(weights or {})
 
-    def __call__(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    count = staticmethod(count_targets)
+
+    def __call__(
+        self,
+        outputs: Mapping[str, Tensor],
+        targets: Sequence[Mapping[str, Tensor]],
+        counts: Counts | None = None,
+    ) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
             outputs: training outputs of `MaskRCNN3d`.
             targets: for each image {"label" [D, H, W], "ids" [G], "boxes" [G, 6], "classes" [G]}.
+            counts: what sums over images are divided by, as `count` gives it; the batch's own by default.
 
         Returns:
             {name: weighted scalar}; their sum is the loss. Each is attached to the graph, also with no instance.
         """
+        counts = count_targets(targets) if counts is None else counts
         losses = self._anchor_losses(outputs, targets) | self._roi_losses(outputs, targets)
-        losses |= self._mask_losses(outputs, targets)
+        losses = {name: loss / counts["images"] for name, loss in losses.items()}
+        masks = self._mask_losses(outputs, targets)
+        losses |= {name: loss / or_one(counts["occupied"]) for name, loss in masks.items()}
         return {name: self.weights[name] * losses[name] for name in LOSSES}
 
     def _anchor_losses(
         self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
+        """Sums over images, as those that follow."""
         anchors = outputs["anchors"]
         found, missed, boxes = [], [], []  # foreground and background rows among the anchors of all images in a row
         for n, target in enumerate(targets):
@@ -76,10 +92,11 @@ class MaskRCNNCriterion:
         deltas = outputs["anchor_deltas"].flatten(0, 1).index_select(0, foreground)
         is_object = (torch.arange(len(rows), device=rows.device) < len(foreground)).to(logits)
         wanted = encode_boxes(torch.cat(boxes), anchors[foreground % len(anchors)], ANCHOR_WEIGHTS)
-        count = max(1, len(rows))
+        share = _shares(rows // len(anchors), len(targets))
+        box = F.smooth_l1_loss(deltas, wanted, beta=1 / 9, reduction="none").sum(1)
         return {
-            "objectness": F.binary_cross_entropy_with_logits(logits, is_object, reduction="sum") / count,
-            "anchor_box": F.smooth_l1_loss(deltas, wanted, beta=1 / 9, reduction="sum") / count,
+            "objectness": F.binary_cross_entropy_with_logits(logits, is_object, weight=share, reduction="sum"),
+            "anchor_box": (box * share[: len(foreground)]).sum(),
         }
 
     def _roi_losses(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -90,9 +107,12 @@ class MaskRCNNCriterion:
         classes[foreground] = _lookup(targets, "classes", index, counts)
         boxes = _lookup(targets, "boxes", index, counts)
         wanted = encode_boxes(boxes, outputs["rois"][foreground], ROI_WEIGHTS)
-        count = max(1, len(matched))
-        box = F.smooth_l1_loss(outputs["roi_deltas"][foreground], wanted, reduction="sum")
-        return {"class": F.cross_entropy(logits, classes, reduction="sum") / count, "roi_box": box / count}
+        share = _shares(outputs["roi_batch"], len(targets))
+        box = F.smooth_l1_loss(outputs["roi_deltas"][foreground], wanted, reduction="none").sum(1)
+        return {
+            "class": (F.cross_entropy(logits, classes, reduction="none") * share).sum(),
+            "roi_box": (box * share[foreground]).sum(),
+        }
 
     def _mask_losses(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         logits, matched = outputs["mask_logits"], outputs["mask_matched"]
@@ -106,11 +126,18 @@ class MaskRCNNCriterion:
         rows = torch.arange(len(logits), device=logits.device) * logits.shape[1] + classes
         logits = logits.flatten(2).flatten(0, 1).index_select(0, rows)  # as logits[arange, classes], gradient faster
         wanted, weight = (torch.cat(parts).flatten(1).to(logits) for parts in zip(*grids, strict=True))
-        bce = F.binary_cross_entropy_with_logits(logits, wanted, weight=weight, reduction="sum")
+        bce = F.binary_cross_entropy_with_logits(logits, wanted, weight=weight, reduction="none").sum(1)
         prob = logits.sigmoid() * weight
         overlap = (prob * wanted).sum(1)
         dice = 1 - (2 * overlap + 1) / (prob.sum(1) + (wanted * weight).sum(1) + 1)
-        return {"mask_bce": bce / weight.sum().clamp(min=1), "mask_dice": dice.sum() / max(1, len(dice))}
+        batch = outputs["mask_batch"]
+        bins = weight.new_zeros(len(targets)).index_add_(0, batch, weight.sum(1)).clamp(min=1)
+        return {"mask_bce": (bce / bins[batch]).sum(), "mask_dice": (dice * _shares(batch, len(targets))).sum()}
+
+
+def _shares(batch: Tensor, num_images: int) -> Tensor:
+    """One over the number of rows of the same image [R]; `batch` [R] is the image of each row."""
+    return 1 / (batch == torch.arange(num_images, device=batch.device)[:, None]).sum(1)[batch]
 
 
 def _counts(batch: Tensor, num_images: int) -> list[int]:

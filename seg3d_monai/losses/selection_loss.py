@@ -18,7 +18,7 @@ SPREAD = 1 / 6
 MISS_POWER, NEAR_POWER = 2, 4
 
 
-def selection_loss(tokens: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
+def selection_loss(tokens: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]], count: float) -> Tensor:
     """Focal loss of the scores of all tokens, less for those near the middle of an object of their class.
 
     Args:
@@ -27,16 +27,17 @@ def selection_loss(tokens: Mapping[str, Any], targets: Sequence[Mapping[str, Ten
             [N, S], tokens that have no loss, or None}.
         targets: for each image {"label" [D, H, W], "boxes" [G, 6], "classes" [G]}; tokens on ignored voxels have no
             loss.
+        count: what the sum is divided by, > 0, such as the number of instances.
 
     Returns:
-        The sum over tokens and classes, divided by the number of instances or by 1.
+        The sum over tokens and classes, divided by `count`.
     """
     logits = tokens["class_logits"]
     heat, counted = token_heat(tokens, targets)
     is_own = heat == 1
     weight = ((1 - heat) ** NEAR_POWER).masked_fill(is_own, 1) * counted[..., None]
     loss = weight * focal_term(logits, is_own.to(logits.dtype), gamma=MISS_POWER)
-    return loss.sum() / max(1, sum(len(target["classes"]) for target in targets))
+    return loss.sum() / count
 
 
 @torch.no_grad()

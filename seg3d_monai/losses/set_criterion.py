@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seg3d_monai.losses.counts import Counts, count_targets, or_one
 from seg3d_monai.losses.selection_loss import on_annotated, selection_loss
 from seg3d_monai.losses.set_losses import box_giou, box_l1, class_cross_entropy, class_focal, mask_bce, mask_dice
 from seg3d_monai.matching import HungarianMatcher, PointSet, batch_point_features, sample_points
@@ -58,13 +59,15 @@ class _Queries:
         predictions: class_logits, mask_embeds and, if any, boxes, each [L, N, Q, ...].
         matched: int64 [L, N, Q], the row of an instance among those of all images, NO_OBJECT or PADDING.
         table: int64 [G, L * r], the queries of each of them among L * N * Q, -1 where a layer has fewer than r.
-        count: what sums are divided by.
+        count: what sums over instances are divided by.
+        weight: what the cross-entropy of all queries is divided by, their weights in it.
     """
 
     predictions: Mapping[str, Tensor]
     matched: Tensor
     table: Tensor
-    count: int
+    count: float
+    weight: float
 
 
 class SetCriterion:
@@ -125,7 +128,14 @@ class SetCriterion:
         self.weights = dict.fromkeys(SET_LOSSES, 1.0) | dict(weights or {})
         self._warned = False
 
-    def __call__(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    count = staticmethod(count_targets)
+
+    def __call__(
+        self,
+        outputs: Mapping[str, Any],
+        targets: Sequence[Mapping[str, Tensor]],
+        counts: Counts | None = None,
+    ) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
@@ -136,6 +146,8 @@ class SetCriterion:
                 object, -2 for padding; "tokens", of decoders that choose their queries among tokens, see
                 `selection_loss`}.
             targets: for each image {"label" [D, H, W], "ids" [G], "boxes" [G, 6], "classes" [G]}.
+            counts: numbers of images and instances that sums are divided by, as `count` gives them; the batch's own by
+                default.
 
         Returns:
             {name: weighted scalar}; their sum is the loss. For each loss NAME, "NAME" of the last layer, "aux_NAME"
@@ -143,17 +155,21 @@ class SetCriterion:
             and of decoders that choose their queries "selection". Names depend on the decoder only, not on the batch,
             and each loss is attached to the graph.
 
-            Masks and boxes are sums over matched queries divided by the batch's number of instances (denoising: of
-            positive queries), or by 1; so is the focal class loss, summed over all queries. Cross-entropy is a
-            weighted mean over the queries.
+            Masks and boxes are sums over matched queries divided by the number of instances (denoising: of positive
+            queries), or by 1; so is the focal class loss, summed over all queries. Cross-entropy is a weighted mean
+            over the queries, of which those on ignored voxels cost nothing.
 
         Raises:
             ValueError: names that do not fit the predictions, or a class that has no logit.
         """
         with torch.autocast(outputs["class_logits"].device.type, enabled=False):
-            return self._losses(outputs, targets)
+            return self._losses(outputs, targets, counts)
 
-    def _losses(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _losses(
+        self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]], counts: Counts | None
+    ) -> dict[str, Tensor]:
+        own = count_targets(targets)
+        counts = own if counts is None else counts
         denoising = outputs.get("denoising")
         names = list(outputs["names"])
         num_layers, _, num_queries, num_logits = outputs["class_logits"].shape
@@ -161,7 +177,7 @@ class SetCriterion:
             raise ValueError(f"names {names} do not name {num_layers} predictions, the last layer last")
         self._warn_once(targets, num_queries)
         num_classes = num_logits - (self.class_loss == "cross_entropy")
-        num_copies, num_positive = _check_counts(targets, num_classes, denoising)
+        num_copies, num_positive, num_negative = _check_counts(targets, num_classes, denoising)
 
         points = [
             sample_points(target, num_uniform=self.num_uniform_points, num_own=self.num_instance_points)
@@ -171,10 +187,14 @@ class SetCriterion:
         features = batch_point_features(outputs["mask_features"], outputs["mask_stride"], coordinates)
         matched = self.matcher(outputs, targets, points, features, targets[0]["label"].shape)
         truth = _Truth(targets, points, features)
-        known = [_queries(outputs, matched, 1, truth, sum(len(target["ids"]) for target in targets))]
+        num_negative_queries = counts["images"] * num_queries - counts["instances"]
+        weight = counts["instances"] + self.no_object_weight * num_negative_queries
+        known = [_queries(outputs, matched, 1, truth, counts["instances"], weight)]
         if denoising is not None:
             index = denoising["target_index"].expand(len(denoising["class_logits"]), -1, -1)
-            known.append(_queries(denoising, index, num_copies, truth, num_positive))
+            share = counts["instances"] / or_one(own["instances"])  # as many copies of each instance in other batches
+            weight = share * (num_positive + self.no_object_weight * num_negative)
+            known.append(_queries(denoising, index, num_copies, truth, share * num_positive, weight))
         has_boxes = outputs.get("boxes") is not None
         kinds = [name for name in SET_LOSSES[:-1] if has_boxes or name not in BOX_LOSSES]
         of_layers, *of_denoising = self._by_layer(known, truth, kinds)
@@ -192,7 +212,9 @@ class SetCriterion:
             total = of_denoising[0].sum(1) if of_denoising else 0 * of_layers.sum(1)
             losses |= {f"denoising_{kind}": loss for kind, loss in zip(kinds, total, strict=True)}
         if "tokens" in outputs:
-            losses["selection"] = self.weights["selection"] * selection_loss(outputs["tokens"], targets)
+            losses["selection"] = self.weights["selection"] * selection_loss(
+                outputs["tokens"], targets, or_one(counts["instances"])
+            )
         return losses
 
     def _by_layer(self, known: Sequence[_Queries], truth: _Truth, kinds: Sequence[str]) -> list[Tensor]:
@@ -211,7 +233,8 @@ class SetCriterion:
         if self.class_loss == "focal":
             loss = class_focal(logits, classes, counted, alpha=self.focal_alpha, gamma=self.focal_gamma)
             return loss.sum((1, 2)) / queries.count
-        return class_cross_entropy(logits, classes, counted, no_object_weight=self.no_object_weight).sum((1, 2))
+        loss = class_cross_entropy(logits, classes, counted, no_object_weight=self.no_object_weight)
+        return loss.sum((1, 2)) / queries.weight
 
     def _warn_once(self, targets: Sequence[Mapping[str, Tensor]], num_queries: int) -> None:
         most = max(len(target["ids"]) for target in targets)
@@ -248,14 +271,14 @@ def queries_of_instances(matched: Tensor, num_instances: int, num_copies: int) -
 
 @torch.no_grad()
 def _queries(
-    predictions: Mapping[str, Tensor], matched: Tensor, num_copies: int, truth: _Truth, num_matched: int
+    predictions: Mapping[str, Tensor], matched: Tensor, num_copies: int, truth: _Truth, count: float, weight: float
 ) -> _Queries:
     """Queries that are matched, int64 [L, N, Q], to an instance of their image, at most `num_copies` to each."""
     matched = truth.rows(matched)
     table = queries_of_instances(matched.flatten(1), sum(len(p.occupancy) for p in truth.points), num_copies)
     start = torch.arange(0, matched.numel(), matched[0].numel(), device=table.device)[:, None, None]
     table = torch.where(table < 0, table, table + start).transpose(0, 1).flatten(1)
-    return _Queries(predictions, matched, table, max(1, num_matched))
+    return _Queries(predictions, matched, table, or_one(count), or_one(weight))
 
 
 @torch.no_grad()
@@ -317,8 +340,12 @@ def _wide(values: Tensor) -> Tensor:
 
 def _check_counts(
     targets: Sequence[Mapping[str, Tensor]], num_classes: int, denoising: Mapping[str, Tensor] | None
-) -> tuple[int, int]:
-    """Most denoising queries of an instance, at least 1, and all that have one; looks at the classes. One transfer."""
+) -> tuple[int, int, int]:
+    """Looks at the classes and counts denoising queries, in one transfer.
+
+    Returns:
+        The most queries of an instance, at least 1; all that have one; all that have none.
+    """
     classes = torch.cat([target["classes"] for target in targets])
     numbers = [*F.pad(classes, (0, 1)).aminmax()]
     if denoising is not None:
@@ -327,12 +354,12 @@ def _check_counts(
         counts = index.new_zeros(len(index), most + 1)
         counts.scatter_add_(1, torch.where(index < 0, most, index), torch.ones_like(index))
         counts[:, most] = 1  # not those of no instance
-        numbers += [counts.amax(), (index >= 0).sum()]
+        numbers += [counts.amax(), (index >= 0).sum(), (index == NO_OBJECT).sum()]
     least, largest, *copies = torch.stack(numbers).tolist()
     if least < 0 or largest >= num_classes:
         raise ValueError(
             f"class {least if least < 0 else largest} of a target is not in [0, {num_classes}); the decoder has "
             f"{num_classes} classes: raise its num_classes or correct the class table"
         )
-    num_copies, num_positive = copies or (1, 0)
-    return num_copies, num_positive
+    num_copies, num_positive, num_negative = copies or (1, 0, 0)
+    return num_copies, num_positive, num_negative

@@ -91,19 +91,17 @@ def class_focal(logits: Tensor, classes: Tensor, counted: Tensor, *, alpha: floa
 
 
 def class_cross_entropy(logits: Tensor, classes: Tensor, counted: Tensor, *, no_object_weight: float) -> Tensor:
-    """Cross-entropy of each query, divided by the weights of all that are counted in the same layer (DETR).
+    """Weighted cross-entropy of each query (DETR).
 
     Args:
-        logits: [L, ..., K + 1], the last class being "no object".
-        classes: int64 [L, ...], the true class, or -1 for "no object".
-        counted: bool [L, ...], False where a query has no loss.
+        logits: [..., K + 1], the last class being "no object".
+        classes: int64 [...], the true class, or -1 for "no object".
+        counted: bool [...], False where a query has no loss.
         no_object_weight: weight of "no object", > 0; a class weighs 1.
 
     Returns:
-        [L, ...], whose sum over a layer is a weighted mean.
+        [...].
     """
     wanted = torch.where(classes < 0, logits.shape[-1] - 1, classes)
     loss = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none").view(classes.shape)
-    weight = torch.ones_like(loss).masked_fill(classes < 0, no_object_weight) * counted
-    total = weight.flatten(1).sum(1).clamp(min=torch.finfo(logits.dtype).tiny)
-    return loss * weight / total.view(-1, *(1,) * (weight.ndim - 1))
+    return loss * torch.ones_like(loss).masked_fill(classes < 0, no_object_weight) * counted

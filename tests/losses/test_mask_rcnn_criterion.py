@@ -100,18 +100,21 @@ def test_anchor_losses(targets):
     outputs = make_outputs(targets)
     losses = make_criterion()(outputs, targets)
     matcher = IoUMatcher(foreground_iou=0.5, background_iou=0.25, match_best=True)
-    objectness = box_loss = count = 0
+    objectness = box_loss = 0
     for n, target in enumerate(targets):
+        of_image, of_boxes, count = 0, 0, 0
         for a, match in enumerate(matcher(outputs["anchors"], target["boxes"], target["label"]).tolist()):
             if match == -2:
                 continue
             count += 1
-            objectness += bce(as_numpy(outputs["objectness"])[n, a], float(match >= 0))
+            of_image += bce(as_numpy(outputs["objectness"])[n, a], float(match >= 0))
             if match >= 0:
                 wanted = encode(as_numpy(target["boxes"])[match], as_numpy(outputs["anchors"])[a])
-                box_loss += smooth_l1(as_numpy(outputs["anchor_deltas"])[n, a] - wanted, 1 / 9).sum()
-    assert losses["objectness"].item() == pytest.approx(objectness / count, rel=1e-5)
-    assert losses["anchor_box"].item() == pytest.approx(box_loss / count, rel=1e-5)
+                of_boxes += smooth_l1(as_numpy(outputs["anchor_deltas"])[n, a] - wanted, 1 / 9).sum()
+        objectness += of_image / count / len(targets)
+        box_loss += of_boxes / count / len(targets)
+    assert losses["objectness"].item() == pytest.approx(objectness, rel=1e-5)
+    assert losses["anchor_box"].item() == pytest.approx(box_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("targets", [[MANY], [NONE], [NONE, MANY], [MANY, NONE, MANY]])
@@ -119,37 +122,60 @@ def test_roi_losses(targets):
     outputs = make_outputs(targets)
     losses = make_criterion()(outputs, targets)
     class_loss = box_loss = 0
-    for r, (n, match) in enumerate(zip(outputs["roi_batch"].tolist(), outputs["roi_matched"].tolist(), strict=True)):
+    images = outputs["roi_batch"].tolist()
+    for r, (n, match) in enumerate(zip(images, outputs["roi_matched"].tolist(), strict=True)):
+        share = 1 / images.count(n) / len(targets)
         logits = as_numpy(outputs["class_logits"])[r]
         wanted_class = 2 if match < 0 else targets[n]["classes"][match].item()
-        class_loss += np.log(np.exp(logits).sum()) - logits[wanted_class]
+        class_loss += share * (np.log(np.exp(logits).sum()) - logits[wanted_class])
         if match >= 0:
             wanted = encode(as_numpy(targets[n]["boxes"])[match], as_numpy(outputs["rois"])[r], (10, 5))
-            box_loss += smooth_l1(as_numpy(outputs["roi_deltas"])[r] - wanted, 1.0).sum()
-    count = len(outputs["rois"])
-    assert losses["class"].item() == pytest.approx(class_loss / count, rel=1e-5)
-    assert losses["roi_box"].item() == pytest.approx(box_loss / count, rel=1e-4)
+            box_loss += share * smooth_l1(as_numpy(outputs["roi_deltas"])[r] - wanted, 1.0).sum()
+    assert losses["class"].item() == pytest.approx(class_loss, rel=1e-5)
+    assert losses["roi_box"].item() == pytest.approx(box_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("targets", [[MANY], [NONE], [NONE, MANY], [MANY, NONE, MANY]])
 def test_mask_losses(targets):
     outputs = make_outputs(targets)
     losses = make_criterion()(outputs, targets)
-    bce_sum = num_valid = dice_sum = 0
-    pairs = list(zip(outputs["mask_batch"].tolist(), outputs["mask_matched"].tolist(), strict=True))
-    for p, (n, match) in enumerate(pairs):
+    found = {n: [] for n, target in enumerate(targets) if len(target["ids"])}
+    for p, (n, match) in enumerate(zip(outputs["mask_batch"].tolist(), outputs["mask_matched"].tolist(), strict=True)):
         target = targets[n]
         occupancy, valid = mask_targets3d(
             target["label"], target["ids"][match : match + 1], outputs["mask_rois"][p : p + 1], GRID
         )
         logits = as_numpy(outputs["mask_logits"])[p, target["classes"][match]][valid[0].numpy()]
         truth = as_numpy(occupancy[0])[valid[0].numpy()]
-        bce_sum += bce(logits, truth).sum()
-        num_valid += len(truth)
         prob = 1 / (1 + np.exp(-logits))
-        dice_sum += 1 - (2 * (prob * truth).sum() + 1) / (prob.sum() + truth.sum() + 1)
-    assert losses["mask_bce"].item() == pytest.approx(bce_sum / max(1, num_valid), rel=1e-5)
-    assert losses["mask_dice"].item() == pytest.approx(dice_sum / max(1, len(pairs)), rel=1e-5)
+        dice = 1 - (2 * (prob * truth).sum() + 1) / (prob.sum() + truth.sum() + 1)
+        found[n].append((bce(logits, truth).sum(), len(truth), dice))
+    means = [
+        (sum(c for c, _, _ in of) / sum(n for _, n, _ in of), np.mean([d for *_, d in of])) for of in found.values()
+    ]
+    wanted = np.mean(means, 0) if means else (0, 0)  # over bins or masks of an image, then over images with instances
+    assert losses["mask_bce"].item() == pytest.approx(wanted[0], rel=1e-5)
+    assert losses["mask_dice"].item() == pytest.approx(wanted[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", [[NONE, MANY], [MANY, NONE, MANY, NONE], [NONE, NONE]])
+def test_it_does_not_matter_which_images_are_in_one_batch(targets):
+    """The losses of one batch are the sum of those of its images alone, with the same counts."""
+    outputs, criterion = make_outputs(targets), make_criterion()
+    whole = criterion(outputs, targets)
+    counts = MaskRCNNCriterion.count(targets)
+    total = dict.fromkeys(NAMES, 0.0)
+    for n, target in enumerate(targets):
+        part = {"anchors": outputs["anchors"]}
+        part |= {key: outputs[key][n : n + 1] for key in ("objectness", "anchor_deltas")}
+        for kind, keys in (("roi", ["rois", "class_logits", "roi_deltas"]), ("mask", ["mask_rois", "mask_logits"])):
+            rows = outputs[f"{kind}_batch"] == n
+            part |= {key: outputs[key][rows] for key in [*keys, f"{kind}_matched"]}
+            part[f"{kind}_batch"] = torch.zeros(int(rows.sum()), dtype=torch.int64)
+        for name, loss in criterion(part, [target], counts).items():
+            total[name] += loss.item()
+    for name in NAMES:
+        assert whole[name].item() == pytest.approx(total[name], rel=1e-5)
 
 
 def test_weights_multiply_their_loss_only():

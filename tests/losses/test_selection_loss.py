@@ -73,7 +73,7 @@ def test_loss_against_loops(targets, is_padded):
         padding[0, 100:150] = True
         padding[-1, 200:] = True
     tokens = make_tokens(len(targets), padding=padding)
-    loss = selection_loss(tokens, targets)
+    loss = selection_loss(tokens, targets, max(1, sum(len(t["classes"]) for t in targets)))
     assert loss.item() == pytest.approx(loss_by_loops(tokens, targets), rel=1e-5)
     loss.backward()
     assert tokens["class_logits"].grad.isfinite().all()
@@ -106,7 +106,7 @@ def test_two_instances_may_share_a_token_and_classes_have_their_own_heat():
 def test_scores_on_ignored_voxels_cost_nothing():
     target = make_target([(1, 1, 1, 5, 7, 7)], [0], [5], ignore=[(0, 0, 8, 6, 10, 14)])
     tokens = make_tokens(1)
-    selection_loss(tokens, [target]).backward()
+    selection_loss(tokens, [target], 1).backward()
     ignored = tokens["centres"][:, 2] >= 8
     assert not tokens["class_logits"].grad[0, ignored].any()
     assert tokens["class_logits"].grad[0, ~ignored].all()
@@ -114,7 +114,7 @@ def test_scores_on_ignored_voxels_cost_nothing():
 
 def test_nothing_but_padding_costs_nothing():
     tokens = make_tokens(1, padding=torch.ones(1, 246, dtype=torch.bool))
-    loss = selection_loss(tokens, [MANY])
+    loss = selection_loss(tokens, [MANY], len(MANY["classes"]))
     loss.backward()
     assert loss.item() == 0
     assert not tokens["class_logits"].grad.any()
@@ -127,7 +127,9 @@ def test_ids_do_not_matter():
         "label": torch.where(MANY["label"] > 0, MANY["label"] + 100, MANY["label"]),
     }
     tokens = make_tokens(1)
-    assert selection_loss(tokens, [MANY]) == selection_loss(tokens, [renumbered])
+    assert selection_loss(tokens, [MANY], len(MANY["classes"])) == selection_loss(
+        tokens, [renumbered], len(renumbered["classes"])
+    )
 
 
 def test_images_of_a_batch_are_held_against_their_own_instances():
