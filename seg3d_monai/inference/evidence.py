@@ -23,7 +23,8 @@ MIN_IOU = 0.2
 MIN_IOU_DEFERRING = 0.05
 PRIOR_VOXELS = 8
 """A link over a handful of voxels is weaker evidence than its IoU says."""
-_MOST_BINS = 2**22
+_COUNTED_AT_A_TIME = 2**16
+"""Voxels; numpy counts in int64, and a block's voxels would be many times the block's labels there."""
 
 Ints = NDArray[np.int64]
 
@@ -124,7 +125,7 @@ def take_census(plan: BlockPlan, block: int, instances: Sequence[PlacedInstance]
     for owner in plan.owners(plan[block]):
         shared = intersection(plan[owner].owned, read)
         assert shared is not None
-        counts = np.bincount(labels[roi_slices(shared, read[:3])].ravel(), minlength=span + 1)[1:]
+        counts = count_labels(labels[roi_slices(shared, read[:3])], span + 1)[1:]
         if owner == block:
             census.own[:] = counts
             continue
@@ -165,10 +166,11 @@ def _link_pair(
 ) -> Links:
     shared = intersection(plan[a].read, plan[b].read)
     assert shared is not None
-    labels_a = label_map(source.instances(a, shared, min_score), shared).ravel()
-    labels_b = label_map(source.instances(b, shared, min_score), shared).ravel()
+    labels_a = label_map(source.instances(a, shared, min_score), shared)
+    labels_b = label_map(source.instances(b, shared, min_score), shared)
     in_a, in_b, overlap = count_pairs(labels_a, labels_b)
-    union = np.bincount(labels_a)[in_a] + np.bincount(labels_b)[in_b] - overlap
+    size_a, size_b = count_labels(labels_a, len(homes[a]) + 1), count_labels(labels_b, len(homes[b]) + 1)
+    union = size_a[in_a] + size_b[in_b] - overlap
     iou = overlap / union
     theirs, mine = in_a - 1, in_b - 1
     deferring = (homes[a][theirs] == b) & (homes[b][mine] == a)
@@ -182,27 +184,45 @@ def _link_pair(
     )
 
 
+def count_labels(labels: NDArray[np.integer], num_labels: int) -> Ints:
+    """How many voxels each label has.
+
+    Args:
+        labels: of any shape, 0 to num_labels - 1.
+        num_labels: number of labels.
+    """
+    counts = np.zeros(num_labels, np.int64)
+    for part in _parts(labels):
+        counts += np.bincount(part, minlength=num_labels)
+    return counts
+
+
 def count_pairs(a: NDArray[np.integer], b: NDArray[np.integer]) -> tuple[Ints, Ints, Ints]:
     """Which pairs of labels above 0 share voxels, and how many, ordered by a, then b.
 
     Args:
-        a: labels, flat, 0 = background.
+        a: labels of any shape, 0 = background.
         b: the same voxels in another view.
 
     Returns:
         Labels of a, labels of b, numbers of voxels, [pairs] each.
     """
-    both = np.flatnonzero((a != 0) & (b != 0))
     stride = int(b.max(initial=0)) + 1
-    keys = a[both].astype(np.int64) * stride + b[both]
-    bins = (int(a.max(initial=0)) + 1) * stride
-    if bins <= _MOST_BINS:  # counting in a table needs no sorting
-        counts = np.bincount(keys, minlength=bins)
-        keys = np.flatnonzero(counts)
-        counts = counts[keys]
-    else:
-        keys, counts = np.unique(keys, return_counts=True)
+    found, numbers = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for part_a, part_b in _parts(a, b):
+        both = np.flatnonzero((part_a != 0) & (part_b != 0))
+        keys, counts = np.unique(part_a[both].astype(np.int64) * stride + part_b[both], return_counts=True)
+        found.append(keys)
+        numbers.append(counts)
+    keys, place = np.unique(np.concatenate(found), return_inverse=True)
+    counts = np.zeros(len(keys), np.int64)
+    np.add.at(counts, place, np.concatenate(numbers))
     return keys // stride, keys % stride, counts
+
+
+def _parts(*arrays: NDArray[np.integer]) -> np.nditer:
+    """The voxels of arrays of one shape, flat, a few at a time."""
+    return np.nditer(arrays, ["external_loop", "buffered", "zerosize_ok"], buffersize=_COUNTED_AT_A_TIME)
 
 
 def _assign(rows: Ints, columns: Ints, weight: NDArray[np.float64]) -> Ints:
