@@ -6,7 +6,7 @@ from seg3d_monai.engine.evaluator import FinalReport, VolumeEvaluator
 from seg3d_monai.engine.handlers import Checkpoints, CsvLog, Progress, Validation
 from seg3d_monai.engine.provenance import provenance
 from seg3d_monai.engine.record import record_run
-from seg3d_monai.engine.schedule import WarmupCosine
+from seg3d_monai.engine.schedule import WarmupCosine, WarmupStableDecay
 from seg3d_monai.engine.trainer import InstanceTrainer, TrainerEvents
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Validation",
     "VolumeEvaluator",
     "WarmupCosine",
+    "WarmupStableDecay",
     "check_config",
     "live_parser",
     "load_weights",
