@@ -4,6 +4,9 @@ A thin `SupervisedTrainer`: batches keep their list of targets (no decollation),
 summed, autocast also works on the CPU, and every random draw of an iteration follows from (seed, epoch, iteration). The
 learning rate and the end follow `progress`, which counts steps or, with `max_minutes`, whichever of steps and time is
 ahead. Validation, logs and files are the handlers' (handlers.py); this module must not know models, data or metrics.
+
+Several processes may train together (replicas.py): each takes other batches, gradients are means over all, and whatever
+decides what happens next, time, signals and losses that are not finite, is agreed on in every iteration.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 
 from seg3d_monai.engine.allocator import keep_freed_memory
 from seg3d_monai.engine.average import WeightAverage
+from seg3d_monai.engine.replicas import Replicas, num_processes, rank, reduce_numbers
 from seg3d_monai.inference.precision import autocast_dtype
 
 __all__ = ["InstanceTrainer", "TrainerEvents"]
@@ -45,12 +49,16 @@ class InstanceTrainer(SupervisedTrainer):
 
     The network is called as `inferer(image, network, targets)`, by default `network(image, targets)`, under autocast;
     the criterion as `loss_function(outputs, targets)`, outside it. `state.output` is {"loss": total, each named loss}.
+    Where a step has several batches, in turn or in several processes, its gradient is the mean over batches. Then a
+    criterion with a method `count(targets) -> {name: number}` gets the means of these numbers over the step's batches
+    as third argument, so that sums are divided by what the whole step holds.
 
     Args:
         device: where the network is; batches are moved there. On the CPU the process keeps memory that it frees, see
             allocator.py.
         max_epochs: epochs planned, > 0; with max_minutes, the most.
-        train_data_loader: iterable with a length; `set_epoch(epoch)` is called first if it has one.
+        train_data_loader: iterable with a length, the same in every process; `set_epoch(epoch)` is called first if it
+            has one.
         network: in train mode, (images, targets) -> dict of outputs.
         optimizer: over the network's parameters; the learning rates it comes with are the schedule's peaks.
         loss_function: (outputs, targets) -> {name: scalar}, already weighted.
@@ -100,7 +108,8 @@ class InstanceTrainer(SupervisedTrainer):
         _require(ema_decay is None or 0 < ema_decay < 1, "ema_decay", ema_decay, "a number in (0, 1), or null")
         if device.type == "cpu":
             keep_freed_memory()
-        self._loader = _ResumableLoader(train_data_loader)
+        count = getattr(loss_function, "count", None)
+        self._loader = _StepLoader(train_data_loader, accumulation_steps, count)
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -120,23 +129,30 @@ class InstanceTrainer(SupervisedTrainer):
         self.state.validated_iteration = 0
         self.amp_type = autocast_dtype(amp, device)
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.replicas = Replicas(network, optimizer, self.grad_scaler)
         self.clip_norm = clip_norm
         self.on_nonfinite = on_nonfinite
         self.schedule = schedule
         self.max_minutes = max_minutes
         self.ema = WeightAverage(network, ema_decay) if ema_decay else None
         self.stopped_by: signal.Signals | None = None
+        self._signalled = 0
         self._peak_rates = [group["lr"] for group in optimizer.param_groups]
         self._clock = clock
         self._started = clock()
         self._elapsed_before = 0.0
+        self._agreed_elapsed = 0.0
         self.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         self.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_due)
         self._register_handlers(train_handlers)
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training, earlier runs included."""
+        """Seconds of training, earlier runs included; with several processes the first one's at the last batch."""
+        return self._own_elapsed if num_processes() == 1 else self._agreed_elapsed
+
+    @property
+    def _own_elapsed(self) -> float:
         return self._elapsed_before + self._clock() - self._started
 
     @property
@@ -159,7 +175,7 @@ class InstanceTrainer(SupervisedTrainer):
             FloatingPointError: at a loss or gradient that is not finite, unless they are skipped.
         """
         self._started = self._clock()
-        self.stopped_by = None
+        self.stopped_by, self._signalled = None, 0
         with self._signals():
             super().run()
         if self.stopped_by is not None:
@@ -215,7 +231,7 @@ class InstanceTrainer(SupervisedTrainer):
         for name in ("iteration", "best_metric", "best_metric_epoch", "validated_iteration"):
             setattr(self.state, name, checkpoint[name])
         self.state.epoch, self._loader.skip = divmod(self.state.iteration, length)
-        self._elapsed_before = checkpoint["elapsed"]
+        self._elapsed_before = self._agreed_elapsed = checkpoint["elapsed"]
         if self.progress >= 1:
             self.terminate()
 
@@ -227,37 +243,43 @@ class InstanceTrainer(SupervisedTrainer):
         first = position - position % self.accumulation_steps
         if position == first:
             self._set_learning_rate()
-            self.optimizer.zero_grad()
         image = batchdata["image"].to(self.state.device, non_blocking=True)
         targets = [{k: v.to(self.state.device, non_blocking=True) for k, v in t.items()} for t in batchdata["targets"]]
-        with torch.autocast(self.state.device.type, self.amp_type, enabled=self.amp_type is not None):
-            outputs = self.inferer(image, self.network, targets)
-        losses = self.loss_function(outputs, targets)
-        total = torch.stack(list(losses.values())).sum()
-        values = torch.stack([total, *losses.values()]).detach().double().tolist()  # one transfer from the device
-        output = dict(zip(("loss", *losses), values, strict=True))
-        if math.isfinite(values[0]):
-            batches = min(self.accumulation_steps, self.state.epoch_length - first)
-            self.grad_scaler.scale(total / batches).backward()
-        else:
-            self._not_finite(f"loss {output}", batchdata.get("crop_id"))
+        with self.replicas.batch(is_first=position == first, is_last=self.at_step):
+            with torch.autocast(self.state.device.type, self.amp_type, enabled=self.amp_type is not None):
+                outputs = self.inferer(image, self.replicas.module, targets)
+            losses = self.loss_function(outputs, targets, *batchdata.get("counts", ()))
+            total = torch.stack(list(losses.values())).sum()
+            values = torch.stack([total, *losses.values()]).detach().double().tolist()  # one transfer from the device
+            output = dict(zip(("loss", *losses), values, strict=True))
+            if self._all_go_on(math.isfinite(values[0])):
+                batches = min(self.accumulation_steps, self.state.epoch_length - first)
+                self.replicas.backward(total / batches)
+            else:
+                at_fault = f"loss {output}" if not math.isfinite(values[0]) else "loss of another process"
+                self._not_finite(at_fault, batchdata.get("crop_id"))
+                if self.at_step and num_processes() > 1:  # gradients are exchanged in the last backward pass only
+                    self.optimizer.zero_grad()
         if self.at_step:
             self._step(batchdata.get("crop_id"))
         return output
 
+    def _all_go_on(self, is_finite: bool) -> bool:
+        """Whether the loss is finite in every process; agrees on the time and on signals too."""
+        own_time = self._own_elapsed if rank() == 0 else 0.0
+        not_finite, self._agreed_elapsed, number = reduce_numbers([not is_finite, own_time, self._signalled], "MAX")
+        if number:
+            self.stopped_by = signal.Signals(int(number))
+        return not not_finite
+
     def _step(self, crops: Any) -> None:
-        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not trained:  # every batch of the step was left out
+        norm = self.replicas.gradient_norm()
+        if norm is None:  # every batch of the step was left out
             return
-        self.grad_scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in trained])
         if not (self.grad_scaler.is_enabled() or norm.isfinite()):
             self._not_finite(f"gradient norm {norm.item()}", crops)
             return
-        if self.clip_norm is not None and norm > self.clip_norm:
-            nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
-        self.grad_scaler.step(self.optimizer)  # leaves a step out by itself when scaled gradients overflowed
-        self.grad_scaler.update()
+        self.replicas.step(norm, self.clip_norm)
         if self.ema is not None:
             self.ema.update()
 
@@ -306,8 +328,10 @@ class InstanceTrainer(SupervisedTrainer):
                 if number == signal.SIGTERM:
                     os._exit(128 + number)
                 return
-            self.stopped_by = signal.Signals(number)
-            logger.warning("%s: stopping after this step", self.stopped_by.name)
+            self._signalled = number
+            if num_processes() == 1:
+                self.stopped_by = signal.Signals(number)
+            logger.warning("%s: stopping after this step", signal.Signals(number).name)
             signal.signal(number, before[number])
 
         before: dict[int, Any] = {}
@@ -323,19 +347,43 @@ class InstanceTrainer(SupervisedTrainer):
                 signal.signal(restored, handler)
 
 
-class _ResumableLoader:
-    """A loader that can leave out the first batches of its next pass, which an earlier run has seen."""
+class _StepLoader:
+    """A loader that can leave out the first batches of its next pass, which an earlier run has seen.
 
-    def __init__(self, loader: Iterable[dict[str, Any]]) -> None:
+    Where an optimizer step has several batches, they are read together, and each gets "counts", a tuple of the means of
+    its criterion's numbers over the batches of the step.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[dict[str, Any]],
+        accumulation_steps: int,
+        count: Callable[[list[dict[str, Tensor]]], dict[str, float]] | None,
+    ) -> None:
         self.loader = loader
         self.skip = 0
+        self._accumulation_steps = accumulation_steps
+        self._count = count
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         skip, self.skip = self.skip, 0
-        return islice(self.loader, skip, None)
+        batches = islice(self.loader, skip, None)
+        if self._count is None or self._accumulation_steps * num_processes() == 1:
+            return batches
+        return self._with_counts(batches, self._count)
+
+    def _with_counts(
+        self, batches: Iterator[dict[str, Any]], count: Callable[[list[dict[str, Tensor]]], dict[str, float]]
+    ) -> Iterator[dict[str, Any]]:
+        while step := list(islice(batches, self._accumulation_steps)):
+            own = [count(batch["targets"]) for batch in step]
+            totals = reduce_numbers([sum(numbers[name] for numbers in own) for name in own[0]], "SUM")
+            means = {name: total / (len(step) * num_processes()) for name, total in zip(own[0], totals, strict=True)}
+            for batch in step:
+                yield {**batch, "counts": (means,)}
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.loader, "set_epoch"):
