@@ -201,3 +201,25 @@ def test_group_norm_is_torchs_own(is_loaded, dtype):
         close = 1e-12 if one.dtype == torch.float64 else 4 * tolerance(one.dtype)
         assert two.is_cuda
         torch.testing.assert_close(two.cpu(), one, rtol=close, atol=close)
+
+
+def test_targets_are_the_same_as_on_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    lower = torch.randint(0, 20, (500, 3), generator=generator)
+    boxes = torch.cat([lower, lower + 1 + torch.randint(0, 9, (500, 3), generator=generator)], 1).float()
+    truth = boxes[::20] + torch.tensor([0.0, 0, 1, 0, 0, 1])
+    label = torch.randint(-1, 4, (28, 29, 30), generator=generator)
+    ids = torch.randint(1, 4, (500,), generator=generator)
+    for match_best in (False, True):
+        on_both = [
+            torch.ops.seg3d.match_boxes3d(boxes.to(device), truth.to(device), 0.5, 0.2, match_best).cpu()
+            for device in ("cpu", "cuda")
+        ]
+        assert torch.equal(*on_both)
+    on_cpu, on_cuda = (
+        torch.ops.seg3d.mask_targets3d(*(t.to(device) for t in (label, ids, boxes)), 3, 4, 5)
+        for device in ("cpu", "cuda")
+    )
+    assert on_cuda[0].is_cuda
+    torch.testing.assert_close(on_cuda[0].cpu(), on_cpu[0])
+    assert torch.equal(on_cuda[1].cpu(), on_cpu[1])
