@@ -137,6 +137,7 @@ class InstanceTrainer(SupervisedTrainer):
         self.ema = WeightAverage(network, ema_decay) if ema_decay else None
         self.stopped_by: signal.Signals | None = None
         self._signalled = 0
+        self._is_running = False
         self._peak_rates = [group["lr"] for group in optimizer.param_groups]
         self._clock = clock
         self._started = clock()
@@ -175,11 +176,30 @@ class InstanceTrainer(SupervisedTrainer):
             FloatingPointError: at a loss or gradient that is not finite, unless they are skipped.
         """
         self._started = self._clock()
-        self.stopped_by, self._signalled = None, 0
-        with self._signals():
-            super().run()
+        self.stopped_by, self._signalled, self._is_running = None, 0, True
+        try:
+            with self._signals():
+                super().run()
+        finally:
+            self._is_running = False
         if self.stopped_by is not None:
             raise SystemExit(128 + self.stopped_by)
+
+    def stop(self, number: int) -> bool:
+        """End a run after its current step as this signal would; from another thread, too.
+
+        Args:
+            number: of the signal.
+
+        Returns:
+            Whether a run is going on.
+        """
+        if self._is_running:
+            self._signalled = number
+            if num_processes() == 1:
+                self.stopped_by = signal.Signals(number)
+            logger.warning("%s: stopping after this step", signal.Signals(number).name)
+        return self._is_running
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[dict[str, Tensor]]:
@@ -328,10 +348,7 @@ class InstanceTrainer(SupervisedTrainer):
                 if number == signal.SIGTERM:
                     os._exit(128 + number)
                 return
-            self._signalled = number
-            if num_processes() == 1:
-                self.stopped_by = signal.Signals(number)
-            logger.warning("%s: stopping after this step", signal.Signals(number).name)
+            self.stop(number)
             signal.signal(number, before[number])
 
         before: dict[int, Any] = {}

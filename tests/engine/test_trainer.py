@@ -262,3 +262,14 @@ def test_signal_saves_and_exits(make_trainer, tmp_path, number):
 
 def test_image_shape_is_not_a_cube():
     assert len(set(SHAPE)) == 3
+
+
+def test_stop_ends_a_run_as_a_signal_does(make_trainer):
+    trainer = make_trainer()
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: trainer.stop(signal.SIGTERM))
+    assert not trainer.stop(signal.SIGTERM)  # nothing is running yet
+    with pytest.raises(SystemExit) as end:
+        trainer.run()
+    assert end.value.code == 128 + signal.SIGTERM
+    assert trainer.state.iteration in (3, 4)
+    assert not trainer.stop(signal.SIGTERM)
