@@ -26,9 +26,12 @@ from monai.utils import BundleProperty, BundlePropertyConfig
 
 from seg3d_monai.user_errors import print_user_error
 
-__all__ = ["ENTRY_POINTS", "check_config", "live_parser"]
+__all__ = ["ENTRY_POINTS", "check_config", "live_parser", "live_workflow"]
 
-ENTRY_POINTS = ("imports", "initialize", "run", "training", "evaluating", "finalize", "save_execute_config")
+ENTRY_POINTS = (
+    *("imports", "initialize", "run", "training", "evaluating", "finalize", "save_execute_config"),
+    *("setup", "fit"),  # lists that a Launcher evaluates by name
+)
 
 Path = tuple[str, ...]
 _T = TypeVar("_T")
@@ -47,6 +50,11 @@ def live_parser() -> ConfigParser:
     if parser is None:
         raise RuntimeError("live_parser() found no ConfigParser on the call stack; call it from a bundle's config")
     return parser
+
+
+def live_workflow() -> ConfigWorkflow | None:
+    """Find the ConfigWorkflow that is running the config from which this function is called; None without one."""
+    return _on_stack(ConfigWorkflow)
 
 
 def check_config(entry_points: Iterable[str] = (), *, parser: ConfigParser | None = None) -> None:
@@ -73,7 +81,7 @@ def check_config(entry_points: Iterable[str] = (), *, parser: ConfigParser | Non
         parser.parse()
     config = {key: value for key, value in parser.get().items() if not key.startswith("_")}
     ids = {*ENTRY_POINTS, *entry_points, *_looked_up_by_monai("train" in config)}
-    if (workflow := _on_stack(ConfigWorkflow)) is not None:
+    if (workflow := live_workflow()) is not None:
         ids |= {workflow.run_id, workflow.init_id, workflow.final_id}
     faults = [*_target_faults(parser, config), *_reference_faults(parser, config), *_unused_faults(parser, config, ids)]
     if not faults:

@@ -78,7 +78,7 @@ class RayWorkers:
         self.gpus_per_worker = gpus_per_worker
         self.calls_per_worker = calls_per_worker
         self.start_timeout = start_timeout
-        self._ray = _import_ray()
+        self._ray = import_ray()
         try:
             pickled = self._ray.cloudpickle.dumps(make_worker)
         except Exception as error:
@@ -92,7 +92,7 @@ class RayWorkers:
         self._is_own_connection = not self._ray.is_initialized()
         try:
             if self._is_own_connection:
-                _connect(self._ray, address, num_cpus=num_workers * num_threads)
+                connect(self._ray, address, num_cpus=num_workers * num_threads)
             paths = [os.path.abspath(path) for path in sys.path]
             self._setup = self._ray.put((paths, num_threads, pickled))
             self._actor_class = self._ray.remote(_actor_class()).options(
@@ -346,7 +346,12 @@ def _cause(error: Any) -> BaseException:
     return cause
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """The module `ray`.
+
+    Raises:
+        ImportError: if it is not installed, with the extra that brings it.
+    """
     try:
         import ray
     except ImportError as error:
@@ -354,7 +359,7 @@ def _import_ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, address: str | None, *, num_cpus: int) -> None:
+def connect(ray: Any, address: str | None, *, num_cpus: int) -> None:
     """Start Ray on this machine, where it ends with the driver even if that is killed, or join a cluster."""
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
