@@ -1,6 +1,7 @@
 """Backbones: volume -> {level: features}. Must not know detectors, losses or data.
 
-Every backbone has `channels: dict[str, int]` and `strides: dict[str, tuple[int, int, int]]`, finest level first.
+Every backbone has `channels: dict[str, int]` and `strides: dict[str, tuple[int, int, int]]`, finest level first. Those
+that see the image also have `layers_by_depth()`, their modules from the image up, which optimizers can ask for.
 """
 
 from seg3d_monai.backbones.convnext import ConvNeXt, convnext_backbone

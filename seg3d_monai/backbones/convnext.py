@@ -125,6 +125,14 @@ class ConvNeXt(nn.Module):
             features[level] = F.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=1e-6).movedim(-1, 1)
         return features
 
+    def layers_by_depth(self) -> list[list[nn.Module]]:
+        """Modules from the image up: the stem, then each block, a stage's first with what shrinks its input."""
+        layers: list[list[nn.Module]] = [[self.stem]]
+        for level, stage in self.stages.items():
+            first, *others = stage  # type: ignore[misc]
+            layers += [[self.shrink[level], first], *([block] for block in others)]
+        return layers
+
 
 # Blocks of each stage and channels of the first, doubled at each following one (Liu et al. 2022, section 3).
 SIZES: Mapping[str, tuple[tuple[int, ...], int]] = {

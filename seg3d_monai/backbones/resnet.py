@@ -119,6 +119,10 @@ class ResNet(nn.Module):
             features[level] = x
         return features
 
+    def layers_by_depth(self) -> list[list[nn.Module]]:
+        """Modules from the image up: the stem, then each block."""
+        return [[self.stem], *([block] for stage in self.stages.values() for block in stage)]  # type: ignore[attr-defined]
+
 
 # Blocks of each stage, and whether they are bottlenecks, by depth (He et al. 2016, table 1; 10 is half of 18).
 DEPTHS: dict[int, tuple[tuple[int, ...], bool]] = {

@@ -141,6 +141,15 @@ class Swin(nn.Module):
             x = block(x, mask)
         return x[:, :depth, :height, :width]
 
+    def layers_by_depth(self) -> list[list[nn.Module]]:
+        """Modules from the image up: the patches, then each block, a stage's first with the merging before it."""
+        layers: list[list[nn.Module]] = [[self.transformer.patch_embed]]
+        for i, level in enumerate(self.channels, start=1):
+            first, *others = getattr(self.transformer, f"layers{i}")[0].blocks
+            merging = [self.merging[level]] if level in self.merging else []
+            layers += [[*merging, first], *([block] for block in others)]
+        return layers
+
 
 # Channels of the first stage, blocks and heads of each (Liu et al. 2021, section 3.3).
 SIZES: Mapping[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {

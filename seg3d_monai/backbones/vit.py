@@ -139,6 +139,10 @@ class ViT(nn.Module):
             features[level] = self.pyramid[level](x)[:, :, :depth, :height, :width]
         return features
 
+    def layers_by_depth(self) -> list[list[nn.Module]]:
+        """Modules from the image up: the patches, then each block; the pyramid and its norm lie beyond them."""
+        return [[self.patches], *([block] for block in self.blocks)]
+
 
 # Channels, blocks and heads (Dosovitskiy et al. 2021, table 1; Touvron et al. 2021, table 1).
 SIZES: Mapping[str, tuple[int, int, int]] = {

@@ -4,6 +4,7 @@ from seg3d_monai.engine.checkpoint import load_weights, start_from
 from seg3d_monai.engine.config import check_config, live_parser
 from seg3d_monai.engine.evaluator import FinalReport, VolumeEvaluator
 from seg3d_monai.engine.handlers import Checkpoints, CsvLog, Progress, Validation
+from seg3d_monai.engine.optim import parameter_groups
 from seg3d_monai.engine.provenance import provenance
 from seg3d_monai.engine.record import record_run
 from seg3d_monai.engine.schedule import WarmupCosine, WarmupStableDecay
@@ -23,6 +24,7 @@ __all__ = [
     "check_config",
     "live_parser",
     "load_weights",
+    "parameter_groups",
     "provenance",
     "record_run",
     "start_from",
