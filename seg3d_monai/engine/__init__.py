@@ -4,6 +4,7 @@ from seg3d_monai.engine.checkpoint import load_weights, start_from
 from seg3d_monai.engine.config import check_config, live_parser
 from seg3d_monai.engine.evaluator import FinalReport, VolumeEvaluator
 from seg3d_monai.engine.handlers import Checkpoints, CsvLog, Progress, Validation
+from seg3d_monai.engine.launch import Launcher
 from seg3d_monai.engine.optim import parameter_groups
 from seg3d_monai.engine.provenance import provenance
 from seg3d_monai.engine.record import record_run
@@ -15,6 +16,7 @@ __all__ = [
     "CsvLog",
     "FinalReport",
     "InstanceTrainer",
+    "Launcher",
     "Progress",
     "TrainerEvents",
     "Validation",

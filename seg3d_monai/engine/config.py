@@ -129,11 +129,15 @@ def _hint(key: str, valid: Iterable[str]) -> str:
 
 def _target_faults(parser: ConfigParser, config: dict[str, Any]) -> Iterator[str]:
     for path, value in _walk(config):
-        if not ConfigComponent.is_instantiable(value) or not isinstance(value["_target_"], str):
+        if not ConfigComponent.is_instantiable(value):
             continue
-        if value["_target_"].startswith(("$", "@")):
+        named = value["_target_"]
+        if isinstance(named, str) and named.startswith("@"):  # another id may hold the name
+            named = parser.get(named[1:])
+        if not isinstance(named, str) or named.startswith(("$", "@")):
             continue
-        name = ConfigComponent(config=value, locator=parser.locator).resolve_module_name()
+        component = ConfigComponent(config={**value, "_target_": named}, locator=parser.locator)
+        name = component.resolve_module_name()
         try:
             target = pydoc.locate(name)
         except pydoc.ErrorDuringImport as error:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from seg3d_monai.engine.checkpoint import load_weights, replace_file
+from seg3d_monai.engine.replicas import rank
 from seg3d_monai.inference import predict_labels
 from seg3d_monai.metrics import InstanceMetrics
 
@@ -122,7 +123,12 @@ class FinalReport:
         self.checkpoint = self.output_dir / "model.pt" if checkpoint is None else checkpoint
 
     def final(self) -> None:
-        """Load the weights, evaluate, write `metrics.json` and print `F1@0.5 = 0.xxx` as the last line."""
+        """Load the weights, evaluate, write `metrics.json` and print `F1@0.5 = 0.xxx` as the last line.
+
+        Of several processes that train together, the first one does.
+        """
+        if rank() > 0:
+            return
         if not self.evaluator.state.epoch_length:
             logger.warning("no volume is kept for the final report, so there is no F1; mark a specimen as split 'test'")
             return

@@ -11,6 +11,7 @@ import torch
 
 from seg3d_monai.engine.checkpoint import replace_file
 from seg3d_monai.engine.config import live_parser
+from seg3d_monai.engine.replicas import rank
 
 __all__ = ["record_run"]
 
@@ -21,7 +22,7 @@ def record_run(output_dir: str | Path, *, seed: int) -> None:
     """Write `config.json` (files and overrides merged, macros resolved) and `environment.json` under output_dir.
 
     Call it from a bundle's `initialize` list. It is the first write of a run, so it also finds a folder without
-    permission before anything is computed.
+    permission before anything is computed. Of several processes that train together, the first one writes.
 
     Args:
         output_dir: folder of the run; made if missing.
@@ -30,6 +31,8 @@ def record_run(output_dir: str | Path, *, seed: int) -> None:
     Raises:
         ValueError: if output_dir cannot be written.
     """
+    if rank() > 0:
+        return
     folder = Path(output_dir)
     environment = {
         "seed": seed,

@@ -199,6 +199,15 @@ def test_arguments_reach_the_base_class_and_free_targets_take_any():
         assert faults_of(override("network_def", {"_target_": target, "anything": 1})) == []
 
 
+def test_target_that_another_id_names():
+    paradigm = {"paradigm": "seg3d_monai.engine.InstanceTrainer", "train#trainer#_target_": "@paradigm"}
+    assert faults_of(lambda parser: parser.update(paradigm)) == []
+    (fault,) = faults_of(lambda parser: parser.update(paradigm | {"train#trainer#max_epoch": 1}))
+    assert fault.endswith("has no argument 'max_epoch'; the nearest valid key is 'max_epochs'")
+    (fault,) = faults_of(lambda parser: parser.update(paradigm | {"paradigm": "seg3d_monai.engine.InstanceTrain"}))
+    assert fault.endswith("the nearest valid name is 'seg3d_monai.engine.InstanceTrainer'")
+
+
 def test_live_parser_needs_a_config():
     with pytest.raises(RuntimeError, match="call it from a bundle's config"):
         live_parser()
