@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,6 @@ class Job:
         num_threads: of torch.
         log_level: of the root logger.
         log_format: formatter of the root logger; None where the driver's has no handler.
-        is_restart: whether another group has trained before it.
     """
 
     config: dict[str, Any]
@@ -77,7 +76,6 @@ class Job:
     num_threads: int
     log_level: int
     log_format: logging.Formatter | None
-    is_restart: bool = False
 
 
 def run_group(
@@ -146,7 +144,7 @@ def run_group(
             log_format=next((handler.formatter for handler in root.handlers), None),
         )
         for failures in range(max_failures + 1):
-            loss = _live(room, desk, replace(job, is_restart=failures > 0), stop, storage)
+            loss = _live(room, desk, job, stop, storage)
             if loss is None:
                 return
             logger.warning("%s; loss %d, of which max_failures=%d are made good", loss, failures + 1, max_failures)
@@ -214,7 +212,7 @@ class _Room:
             run_config=RunConfig(
                 name="group",
                 storage_path=storage,
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
                 worker_runtime_env={"env_vars": switches},
             ),
         )
@@ -222,16 +220,14 @@ class _Room:
     def loss(self, error: BaseException) -> str:
         """What a group was lost by; raises what is no loss but a mistake, a defect or a lack of room."""
         from ray.exceptions import RayError
-        from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
         from ray.train.v2._internal.exceptions import RayTrainError, WorkerGroupStartupTimeoutError
+        from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
         if isinstance(error, ControllerError):
             if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
                 raise ValueError(self._lack()) from None
             return f"the workers could not be started ({_first_line(error.controller_failure)})"
         if not isinstance(error, WorkerGroupError):
-            if isinstance(error, TrainingFailedError):
-                return _first_line(error)
             raise error
         failures = sorted(error.worker_failures.items())
         for rank, failure in failures:
@@ -442,7 +438,7 @@ def run_in_worker(job: Job, desk: Any) -> None:
             if number:
                 raise SystemExit(128 + number)
             parser = ConfigParser(job.config)
-            _resume(parser, job, desk)
+            _resume(parser, desk)
             if is_first:
                 stack.enter_context(_listening(parser, desk))
             evaluate(parser, job.init_id)
@@ -465,7 +461,7 @@ def _set_up_logging(job: Job) -> None:
         root.handlers = [handler]
 
 
-def _resume(parser: ConfigParser, job: Job, desk: Any) -> None:
+def _resume(parser: ConfigParser, desk: Any) -> None:
     """Go on from the last checkpoint if a group before this one wrote it, not an older run."""
     ray = import_ray()
     box = [False]
@@ -475,8 +471,8 @@ def _resume(parser: ConfigParser, job: Job, desk: Any) -> None:
             found: Any = (status.st_ino, status.st_mtime_ns, status.st_size)
         except OSError:
             found = None
-        before = ray.get(desk.checkpoint_before.remote(found))
-        box = [job.is_restart and found not in (None, before)]
+        before = ray.get(desk.checkpoint_before.remote(found))  # of the first group what it has found itself
+        box = [found not in (None, before)]
     dist.broadcast_object_list(box)
     if box[0]:
         logger.info("going on from the last checkpoint")
