@@ -7,6 +7,7 @@ transform left.
 Must not know: SQL, models, losses.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -18,8 +19,10 @@ from seg3d_monai.data.crop_index import CropIndex, VolumeRecord
 from seg3d_monai.data.crop_sampling import Balance, CropDraw, CropSampler, Roi
 from seg3d_monai.data.intensity import Intensity
 from seg3d_monai.data.targets import IGNORE, Targets, compact_labels, derive_targets
-from seg3d_monai.data.volume import Volume
+from seg3d_monai.data.volume import NEAR_SPACING, Spacing, Volume
 from seg3d_monai.data.volume_cache import VolumeCache
+
+_log = logging.getLogger(__name__)
 
 Transform = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
@@ -118,6 +121,23 @@ class CropDataset(Dataset[CropSample]):
         if len(channels) > 1:
             raise ValueError(f"the volumes have {channels} channels; select equal ones, such as where='channels == 1'")
         self.num_channels = channels[0]
+
+    @property
+    def spacing_um(self) -> Spacing | None:
+        """(z, y, x) micrometres per voxel that the volumes have in common: the median of those that are known.
+
+        None where none is known, or where one differs from it by more than `NEAR_SPACING`: then crops show cells of
+        several sizes, in voxels.
+        """
+        known = np.array([volume.spacing_um for volume in self._sampler.volumes if volume.spacing_um is not None])
+        if not len(known):
+            return None
+        z, y, x = np.median(known, axis=0).tolist()
+        if (np.abs(known / (z, y, x) - 1) > NEAR_SPACING).any():
+            sizes = [list(size) for size in dict.fromkeys(map(tuple, known.tolist()))]
+            _log.info("the volumes have no voxel size in common: %s micrometre (z, y, x)", sizes)
+            return None
+        return z, y, x
 
     def __len__(self) -> int:
         return self.num_samples

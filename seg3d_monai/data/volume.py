@@ -28,6 +28,8 @@ Spacing = tuple[float, float, float]
 
 SUPPORTED_FORMATS = "TIFF, OME-TIFF, BigTIFF, ImageJ TIFF, Zarr v2 or v3, OME-Zarr 0.4 or 0.5, NIfTI (.nii, .nii.gz)"
 TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
+NEAR_SPACING = 0.1
+"""Share by which two voxel sizes may differ and still show cells alike: a training zooms cells by as much and more."""
 # Up to this many voxels identity() hashes every one of them, above it a regular sample.
 IDENTITY_VOXELS = 2**25
 

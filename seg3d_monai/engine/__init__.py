@@ -1,6 +1,6 @@
 """Training and evaluation of instance models with Ignite and MONAI engines; see trainer.py and evaluator.py."""
 
-from seg3d_monai.engine.checkpoint import load_weights, start_from
+from seg3d_monai.engine.checkpoint import load_weights, read_spacing, start_from
 from seg3d_monai.engine.config import check_config, live_parser
 from seg3d_monai.engine.evaluator import FinalReport, VolumeEvaluator
 from seg3d_monai.engine.handlers import Checkpoints, CsvLog, Progress, Validation
@@ -31,3 +31,4 @@ __all__ = [
     "record_run",
     "start_from",
 ]
+    "read_spacing",

@@ -1,8 +1,9 @@
 """Checkpoint files: atomic, format-versioned, checked when read, with the one before kept.
 
 `last.pt` and `last.prev.pt` hold the whole state of a training, `best.pt` the same at the best validation, `model.pt`
-plain weights (a state dict). All are zip archives of `torch.save` that load with `weights_only=True`; reading verifies
-their CRCs, so that a torn or flipped file is named instead of used. This module must not know what the state means.
+plain weights (a state dict); each keeps the voxel size of the training, if it is known. All are zip archives of
+`torch.save` that load with `weights_only=True`; reading verifies their CRCs, so that a torn or flipped file is named
+instead of used. This module must not know what the state means.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -22,6 +24,7 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "read_last",
+    "read_spacing",
     "replace_file",
     "start_from",
     "write_checkpoint",
@@ -31,6 +34,7 @@ __all__ = [
 
 FORMAT = "seg3d_monai.checkpoint"
 VERSION = 1
+SPACING = "spacing_um"
 logger = logging.getLogger(__name__)
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -71,9 +75,19 @@ def write_last(folder: Path, state: Mapping[str, Any]) -> None:
     os.replace(incoming, folder / "last.pt")
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a plain state dict atomically."""
-    replace_file(path, lambda file: torch.save(dict(weights), file))
+def write_weights(path: Path, weights: Mapping[str, Tensor], spacing_um: Sequence[float] | None = None) -> None:
+    """Write a plain state dict atomically.
+
+    Args:
+        path: the file's place.
+        weights: tensors by name.
+        spacing_um: (z, y, x) micrometres per voxel of the training; kept where torch keeps facts about a state dict, in
+            its attribute `_metadata`, so that it stays one of tensors alone.
+    """
+    plain: dict[str, Tensor] = OrderedDict(weights)
+    if spacing_um is not None:
+        plain._metadata = {"": {SPACING: list(spacing_um)}}  # type: ignore[attr-defined]
+    replace_file(path, lambda file: torch.save(plain, file))
 
 
 def read_last(folder: Path) -> dict[str, Any] | None:
@@ -108,6 +122,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if state["version"] > VERSION:
         raise ValueError(f"{str(path)!r} has format version {state['version']}, known is {VERSION}; update seg3d_monai")
     return state
+
+
+def read_spacing(path: str | Path) -> tuple[float, float, float] | None:
+    """The voxel size (z, y, x) in micrometres that a network was trained with.
+
+    Args:
+        path: as `load_weights` takes it.
+
+    Returns:
+        None where the file does not say it, or is not there yet.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    if not Path(path).is_file():
+        return None
+    state = _read(Path(path))
+    facts = state if state.get("format") == FORMAT else getattr(state, "_metadata", {}).get("", {})
+    found = facts.get(SPACING)
+    return None if found is None else (float(found[0]), float(found[1]), float(found[2]))
 
 
 def adapt_input_channels(weights: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> dict[str, Tensor]:

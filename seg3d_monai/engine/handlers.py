@@ -10,6 +10,7 @@ import csv
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from ignite.engine import Events
 from tqdm import tqdm
 
-from seg3d_monai.engine.checkpoint import read_last, write_checkpoint, write_last, write_weights
+from seg3d_monai.engine.checkpoint import SPACING, read_last, write_checkpoint, write_last, write_weights
 from seg3d_monai.engine.evaluator import VolumeEvaluator
 from seg3d_monai.engine.trainer import InstanceTrainer, TrainerEvents
 
@@ -91,12 +92,21 @@ class Checkpoints:
         output_dir: folder of the run; made if missing. Resuming trusts what lies there.
         resume: go on from the last checkpoint, if there is one.
         minutes: training minutes between saves of the last state, >= 0; it is also saved at validations and at the end.
+        spacing_um: (z, y, x) micrometres per voxel of the crops, kept in each file; None where they have no common one.
     """
 
-    def __init__(self, *, output_dir: str | Path, resume: bool = True, minutes: float = 5.0) -> None:
+    def __init__(
+        self,
+        *,
+        output_dir: str | Path,
+        resume: bool = True,
+        minutes: float = 5.0,
+        spacing_um: Sequence[float] | None = None,
+    ) -> None:
         self.folder = Path(output_dir)
         self.resume = resume
         self.minutes = minutes
+        self.spacing_um = None if spacing_um is None else [float(size) for size in spacing_um]
         self._saved_at = 0.0
         self._saved: tuple[int, int] | None = None
         self._best_epoch = -1
@@ -128,11 +138,11 @@ class Checkpoints:
         now = engine.state.iteration, engine.state.validated_iteration
         if now == self._saved:
             return
-        state = engine.checkpoint()
+        state = engine.checkpoint() | {SPACING: self.spacing_um}
         best = engine.state.best_metric_epoch
         if best != self._best_epoch or best == -1:
             with engine.evaluated_weights() as weights:
-                write_weights(self.folder / "model.pt", weights)
+                write_weights(self.folder / "model.pt", weights, self.spacing_um)
         if best != self._best_epoch:
             write_checkpoint(self.folder / "best.pt", state)
         write_last(self.folder, state)

@@ -5,7 +5,7 @@ from seg3d_monai.inference.measure import measure_objects
 from seg3d_monai.inference.predict import Prediction, predict_labels, predict_volume
 from seg3d_monai.inference.predictor import InstancePredictor
 from seg3d_monai.inference.relabel import relabel_volume
-from seg3d_monai.inference.resample import ResamplingPredictor
+from seg3d_monai.inference.resample import ResamplingPredictor, at_model_spacing
 from seg3d_monai.inference.schedule import Terminated
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Prediction",
     "ResamplingPredictor",
     "Terminated",
+    "at_model_spacing",
     "measure_objects",
     "predict_labels",
     "predict_volume",

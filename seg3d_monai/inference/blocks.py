@@ -8,6 +8,7 @@ only: no arrays, no files, no predictor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -69,6 +70,7 @@ class BlockPlan:
         roi: Sequence[int] | None = None,
         offset: int | Sequence[int] = 0,
         times: int = 1,
+        step: Sequence[float] = (1, 1, 1),
     ) -> BlockPlan:
         """A checked plan.
 
@@ -80,6 +82,9 @@ class BlockPlan:
                 without it, so blocks inside are those of the whole volume.
             offset: int or (z, y, x), voxels, by which the grid lines are moved, each at least 0.
             times: number of time points, at least 1.
+            step: (z, y, x) voxels of the volume per voxel of `block_size` and `halo`, more than 0: a model that works
+                in voxels of its own size sees blocks of the extents that were asked for, or nearly so, and not less
+                halo.
 
         Raises:
             ValueError: if a number is out of its range or has not 3 values, or the ROI is empty or leaves the volume.
@@ -88,6 +93,8 @@ class BlockPlan:
         extent = _triple("shape", shape, minimum=1)
         size = _triple("block_size", block_size, minimum=1)
         margin = _triple("halo", halo, minimum=0)
+        size = _as_triple(_scaled_size(n, s) for n, s in zip(size, step, strict=True))
+        margin = _as_triple(_scaled_halo(n, s) for n, s in zip(margin, step, strict=True))
         start = _triple("offset", offset, minimum=0)
         if isinstance(times, bool) or not isinstance(times, int) or times < 1:
             raise ValueError(f"times is {times!r}; pass an integer of at least 1")
@@ -187,6 +194,20 @@ def roi_slices(roi: Roi, origin: Sequence[int] = (0, 0, 0)) -> tuple[slice, slic
         slice(roi[1] - origin[1], roi[4] - origin[1]),
         slice(roi[2] - origin[2], roi[5] - origin[2]),
     )
+
+
+def _scaled_size(size: int, step: float) -> int:
+    """A block's extent in voxels of the volume; divided by a power of 2, as chunks are to divide blocks."""
+    if step == 1:
+        return size
+    exact = size * step
+    unit = 1 << max(int(exact).bit_length() - 3, 0)  # an eighth of it to a quarter: no great change
+    return max(round(exact / unit), 1) * unit
+
+
+def _scaled_halo(halo: int, step: float) -> int:
+    # The outermost voxel of the model is made of what the block sees of it only.
+    return halo if step == 1 or halo == 0 else math.ceil(halo * step) + math.ceil(step)
 
 
 def _as_triple(values: Iterable[int]) -> Triple:

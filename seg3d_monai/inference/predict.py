@@ -143,7 +143,9 @@ def predict_volume(
             that was read, volume voxels) -> Instances in the block's frame. If it has `for_volume`,
             `for_volume(volume)` is called once a time point and its result is used; a run that goes on calls
             `rebind(volume, binding)` instead, with the JSON-able `binding()` of that result, if it has these; if it has
-            `predict_batch(blocks, rois)`, it gets several blocks at once where `batch_size` says so.
+            `predict_batch(blocks, rois)`, it gets several blocks at once where `batch_size` says so; if it has
+            `step_in(volume)`, voxels (z, y, x) of the volume per voxel that it works in, block_size and halo count the
+            latter.
         output: where to write, `*.zarr`, in an existing folder.
         block_size: int or (z, y, x) voxels that a block owns.
         halo: int or (z, y, x) voxels that it reads beyond them on every side; about an object's diameter is best,
@@ -204,7 +206,7 @@ def predict_volume(
     volumes, times = open_times(image, time, axes=axes, spacing=spacing, channels=channels, level=level)
     volume = volumes[0]
     check_not_input(output, volume)
-    plan = BlockPlan.make(shape=volume.shape[1:], block_size=block_size, halo=halo, roi=roi, times=len(volumes))
+    plan = plan_blocks(volume, predictor, block_size, halo, roi=roi, times=len(volumes))
     paths = OutputPaths.of(output, tables, label_tiff)
     facts = as_json(
         {
@@ -332,14 +334,38 @@ def predict_labels(
         ValueError: if an argument is out of range, the volume holds NaN, or the predictor returns invalid instances.
     """
     volume = ArrayVolume(volume) if isinstance(volume, np.ndarray) else volume
-    shape = volume.shape[1:]
-    plan = BlockPlan.make(
-        shape=shape,
-        block_size=shape if block_size is None else block_size,
-        halo=DEFAULT_HALO if halo is None else halo,
-        roi=roi,
-        offset=offset,
-    )
+    halo = DEFAULT_HALO if halo is None else halo
+    if block_size is None:
+        shape = volume.shape[1:]
+        plan = BlockPlan.make(shape=shape, block_size=shape, halo=halo, roi=roi, offset=offset)
+    else:
+        plan = plan_blocks(volume, predictor, block_size, halo, roi=roi, offset=offset)
+    return predict_plan(plan, volume, predictor, progress)
+
+
+def plan_blocks(
+    volume: Any, predictor: Predictor, block_size: int | Sequence[int], halo: int | Sequence[int], **options: Any
+) -> BlockPlan:
+    """The blocks of a volume, whose sizes are given in voxels as the predictor sees them.
+
+    Args:
+        volume: a volume.
+        predictor: as in `predict_volume`.
+        block_size: int or (z, y, x) voxels.
+        halo: int or (z, y, x) voxels.
+        options: further ones of `BlockPlan.make`.
+
+    Raises:
+        ValueError, TypeError: as `BlockPlan.make` and the predictor's `step_in`.
+    """
+    step = predictor.step_in(volume) if hasattr(predictor, "step_in") else (1, 1, 1)
+    return BlockPlan.make(shape=volume.shape[1:], block_size=block_size, halo=halo, step=step, **options)
+
+
+def predict_plan(
+    plan: BlockPlan, volume: Any, predictor: Predictor, progress: bool = False
+) -> tuple[NDArray[np.uint32], pd.DataFrame]:
+    """`predict_labels` with blocks that are planned already."""
     worker = BlockWorker(plan, [volume], _bound(predictor, [volume]))
     with Journal(":memory:") as journal, closing(ThreadWorkers(worker)) as workers:
         run = Run(plan=plan, journal=journal, workers=workers, progress=progress)

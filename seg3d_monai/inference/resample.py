@@ -9,6 +9,7 @@ This file knows no network and no files.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seg3d_monai.data.volume import Volume, check_spacing
+from seg3d_monai.data.volume import NEAR_SPACING, Volume, check_spacing
 from seg3d_monai.inference.blocks import Roi, roi_shape
 from seg3d_monai.inference.instances import Instances
 
+KEEP = "keep"
 TOLERANCE = 0.02
 """An axis whose voxel sizes differ by less is left alone: resampling would blur it and gain nothing."""
 MOST_RATIO = 50.0
@@ -32,6 +34,8 @@ _TIE = 1e-4  # of a voxel: a centre on the face of a mask belongs to the upper s
 
 Step = tuple[float, float, float]
 
+_log = logging.getLogger(__name__)
+
 
 class ResamplingPredictor:
     """Callable (block, roi) -> Instances around a predictor that was made for voxels of another size.
@@ -39,23 +43,35 @@ class ResamplingPredictor:
     The predictor gets blocks in its own voxel size, and as their roi the place in the volume resampled as a whole.
     Its instances come back in voxels of the input, clipped to the block; where no voxel is half covered by a mask, that
     mask comes back empty. A voxel of the model at an inner face of a block is made of the part that the block
-    sees: of a halo, the outermost voxel (of the larger of the two sizes) gives no full context, so a halo should be
-    longer by that. Where all sizes agree to 2 % blocks and instances pass untouched.
+    sees: of a halo, the outermost voxel (of the larger of the two sizes) gives no full context, and `predict_volume`,
+    which takes block size and halo as voxels of the model, adds that. Where all sizes agree blocks and instances pass
+    untouched. The log says once which is the case.
 
     Args:
         predictor: callable (block: float32 Tensor [C, d, h, w], roi) -> Instances.
         spacing_um: (z, y, x) micrometres per voxel that it was made for.
         volume_spacing_um: (z, y, x) micrometres per voxel of the stack; `for_volume` takes it from the volume.
+        tolerance: share of the voxel size by which an axis may differ and is left alone, 0 or more.
+        takes_unknown: whether a stack that does not say its voxel size passes untouched; else it is refused.
 
     Raises:
         ValueError: a spacing is not three positive numbers, or they differ more than fifty-fold along an axis.
     """
 
     def __init__(
-        self, predictor: Any, *, spacing_um: Sequence[float], volume_spacing_um: Sequence[float] | None = None
+        self,
+        predictor: Any,
+        *,
+        spacing_um: Sequence[float],
+        volume_spacing_um: Sequence[float] | None = None,
+        tolerance: float = TOLERANCE,
+        takes_unknown: bool = False,
     ) -> None:
         self.predictor = predictor
         self.spacing_um = check_spacing(spacing_um)
+        self.tolerance = tolerance
+        self.takes_unknown = takes_unknown
+        self._said: set[Step | None] = set()
         self.volume_spacing_um = None if volume_spacing_um is None else check_spacing(volume_spacing_um)
         if self.volume_spacing_um is not None:
             _check_ratio(self.spacing_um, self.volume_spacing_um)
@@ -83,17 +99,38 @@ class ResamplingPredictor:
         bound.predictor = self.predictor.rebind(volume, binding)
         return bound
 
+    def step_in(self, volume: Volume) -> Step:
+        """(z, y, x) voxels of a volume per voxel of the model, 1 along an axis that is left alone.
+
+        Raises:
+            ValueError: as `for_volume`.
+        """
+        return self._at_spacing_of(volume)._step()
+
     def _at_spacing_of(self, volume: Volume) -> ResamplingPredictor:
-        if volume.spacing_um is None:
+        if volume.spacing_um is None and not self.takes_unknown:
             raise ValueError(
                 f"{volume.path or 'the volume'} does not say its voxel size, and the predictor was made for "
                 f"{list(self.spacing_um)} micrometre (z, y, x); pass --spacing '[z,y,x]'"
             )
-        spacing = check_spacing(volume.spacing_um)
-        _check_ratio(self.spacing_um, spacing)
         bound = copy.copy(self)
-        bound.volume_spacing_um = spacing
+        bound.volume_spacing_um = self.spacing_um if volume.spacing_um is None else check_spacing(volume.spacing_um)
+        _check_ratio(self.spacing_um, bound.volume_spacing_um)
+        self._say(volume.spacing_um, bound._step())
         return bound
+
+    def _say(self, spacing_um: Step | None, step: Step) -> None:
+        if spacing_um in self._said:
+            return
+        self._said.add(spacing_um)
+        model, stack = _text(self.spacing_um), "unknown" if spacing_um is None else _text(spacing_um)
+        if step != (1.0, 1.0, 1.0):
+            done = "blocks are resampled, block_size and halo count the model's voxels; --model_spacing keep does not"
+        elif spacing_um is None:
+            done = "blocks are not resampled; --spacing '[z,y,x]' says the stack's"
+        else:
+            done = f"blocks are not resampled, as they agree to {self.tolerance:.0%}"
+        _log.info("voxel size (z, y, x) of the model is %s micrometre, of the stack %s: %s", model, stack, done)
 
     def identity(self) -> dict[str, Any]:
         """Facts that tell predictors apart: those of the inner one and the voxel size that it sees."""
@@ -101,6 +138,7 @@ class ResamplingPredictor:
         named = {"type": f"{kind.__module__}.{kind.__qualname__}"}
         return {
             "resampled_to_um": list(self.spacing_um),
+            "tolerance": self.tolerance,
             "predictor": self.predictor.identity() if hasattr(self.predictor, "identity") else named,
         }
 
@@ -137,8 +175,37 @@ class ResamplingPredictor:
         if self.volume_spacing_um is None:
             raise ValueError("the predictor knows no voxel size of the stack; call for_volume(volume) first")
         ratios = (model / stack for model, stack in zip(self.spacing_um, self.volume_spacing_um, strict=True))
-        z, y, x = (1.0 if abs(ratio - 1) <= TOLERANCE else ratio for ratio in ratios)
+        z, y, x = (1.0 if abs(ratio - 1) <= self.tolerance else ratio for ratio in ratios)
         return z, y, x
+
+
+def at_model_spacing(
+    predictor: Any, model_spacing: Sequence[float] | str | None, trained_um: Sequence[float] | None
+) -> Any:
+    """A predictor that sees voxels of the size that its model was trained with; what a bundle's `model_spacing` does.
+
+    Args:
+        predictor: callable (block, roi) -> Instances.
+        model_spacing: (z, y, x) micrometres per voxel, to which every stack is resampled; "keep" to resample none; None
+            for the size that the checkpoint keeps: stacks whose voxel size is known and differs by more than
+            `NEAR_SPACING` are resampled to it.
+        trained_um: what the checkpoint keeps, (z, y, x) micrometres per voxel, or None.
+
+    Returns:
+        A `ResamplingPredictor`, or the predictor itself where nothing is ever resampled.
+
+    Raises:
+        ValueError: if `model_spacing` is none of these.
+    """
+    if model_spacing is None and trained_um is not None:
+        return ResamplingPredictor(predictor, spacing_um=trained_um, tolerance=NEAR_SPACING, takes_unknown=True)
+    if model_spacing is None or model_spacing == KEEP:
+        why = "model_spacing is keep" if model_spacing else "the checkpoint does not say the voxel size of its training"
+        _log.info("blocks are not resampled: %s", why)
+        return predictor
+    if isinstance(model_spacing, str):
+        raise ValueError(f"model_spacing is {model_spacing!r}; pass [z, y, x] in micrometre, {KEEP!r} or null")
+    return ResamplingPredictor(predictor, spacing_um=model_spacing)
 
 
 def resampled_roi(roi: Roi, step: Step) -> Roi:
@@ -275,5 +342,9 @@ def _check_ratio(model: Step, stack: Step) -> None:
         if max(a / b, b / a) > MOST_RATIO:
             raise ValueError(
                 f"spacing along {axis} is {b} micrometre in the stack and {a} in what the predictor was made for; "
-                "pass the stack's with --spacing '[z,y,x]', in micrometre"
+                "pass the stack's with --spacing '[z,y,x]', in micrometre, or --model_spacing keep"
             )
+
+
+def _text(spacing: Sequence[float]) -> str:
+    return " x ".join(f"{value:.4g}" for value in spacing)

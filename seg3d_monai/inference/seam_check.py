@@ -38,7 +38,7 @@ from skimage.measure import regionprops_table
 
 from seg3d_monai.inference.blocks import BlockPlan, Roi, Triple
 from seg3d_monai.inference.inputs import open_input
-from seg3d_monai.inference.predict import DEFAULT_BLOCK_SIZE, DEFAULT_HALO, predict_labels
+from seg3d_monai.inference.predict import DEFAULT_BLOCK_SIZE, DEFAULT_HALO, plan_blocks, predict_plan
 from seg3d_monai.inference.workers import Predictor
 
 KINDS = ("split", "merged", "mixed", "lost", "moved")
@@ -263,7 +263,7 @@ def seam_check(
             raise FileNotFoundError(f"the folder of {name} {path} does not exist; make {Path(path).parent} first")
     _check_limits(min_iou, max_shift)
     volume = open_input(image, axes=axes, spacing=spacing, channels=channels)
-    whole = BlockPlan.make(shape=volume.shape[1:], block_size=block_size, halo=halo, offset=offset)
+    whole = plan_blocks(volume, predictor, block_size, halo, offset=offset)
     region = _middle(whole) if roi is None else roi
     half = [size // 2 if size < extent else 0 for size, extent in zip(whole.block_size, whole.shape, strict=True)]
     plans = [
@@ -276,12 +276,7 @@ def seam_check(
             f"no face between two blocks lies in the region {list(plans[0].region)} with block_size "
             f"{list(whole.block_size)}, so there is no seam; pass a smaller block_size or a larger roi"
         )
-    first, second = (
-        predict_labels(
-            volume, predictor, plan.block_size, plan.halo, roi=plan.region, offset=plan.offset, progress=progress
-        )[0]
-        for plan in plans
-    )
+    first, second = (predict_plan(plan, volume, predictor, progress)[0] for plan in plans)
     plan = plans[0]
     cells = compare_labels(
         first,

@@ -15,6 +15,7 @@ import zarr
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from seg3d_monai.cli import main
+from seg3d_monai.engine import read_spacing
 
 ROOT = Path(__file__).parents[2]
 BUNDLES = ["maskrcnn3d", "maskdino3d", "mask2former3d"]
@@ -180,6 +181,8 @@ def test_trains_evaluates_and_predicts(tmp_path: Path, bundle: str, channels: in
     assert done.stdout.splitlines()[-1].startswith("F1@0.5 = ")
     assert {p.name for p in run.iterdir()} >= {"model.pt", "last.pt", "best.pt", "validation.csv", "config.json"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run"]
+    for name in ("model.pt", "last.pt", "best.pt"):
+        assert read_spacing(run / name) == (2.0, 0.8, 0.8)
 
     both = f"['{configs / 'train.json'}','{configs / 'evaluate.json'}']"
     arguments[:3] = ["evaluating", "--config_file", both]
@@ -198,6 +201,7 @@ def test_trains_evaluates_and_predicts(tmp_path: Path, bundle: str, channels: in
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
+    assert "of the stack 2 x 0.8 x 0.8: blocks are not resampled, as they agree to 10%" in done.stderr
     labels = zarr.open(output / "labels" / "instances" / "0")[:]
     table = pd.read_parquet(tmp_path / "out.instances.parquet")
     assert labels.shape == (18, 40, 44)

@@ -406,6 +406,29 @@ def test_volumes_of_unequal_channels_are_not_mixed(tmp_path: Path) -> None:
     assert CropDataset(index, num_samples=1, where="channels == 2").num_channels == 2
 
 
+@pytest.mark.parametrize(
+    ("sizes", "common"),
+    [
+        ([(2, 0.8, 0.8)] * 3, (2, 0.8, 0.8)),
+        ([(2, 0.8, 0.8), (2, 0.8, 0.8), (2.1, 0.75, 0.8)], (2, 0.8, 0.8)),  # alike, the median
+        ([(2, 0.8, 0.8), None, (2, 0.84, 0.8)], (2, 0.82, 0.8)),  # of those that are known
+        ([(2, 0.8, 0.8), (2, 0.8, 0.8), (2, 0.8, 0.4)], None),
+        ([None, None, None], None),
+    ],
+)
+def test_the_voxel_size_that_volumes_have_in_common(tmp_path: Path, sizes: list[object], common: object) -> None:
+    label = label_volume((6, 9, 8), {1: (0, 0, 0, 3, 4, 4)})
+    volumes = {f"v{i}": (image_volume(label.shape, i), label) for i in range(3)}
+    columns = {
+        f"spacing_{axis}_um": ["" if size is None else size[i] for size in sizes]  # type: ignore[index]
+        for i, axis in enumerate("zyx")
+    }
+    manifest = write_dataset(tmp_path, volumes, columns)
+    index = build_index(manifest, tmp_path / "i.sqlite", crop_size=CROP, progress=False)
+    found = CropDataset(index, num_samples=1).spacing_um
+    assert found == (common if common is None else pytest.approx(common))
+
+
 def test_whole_volumes(tmp_path: Path) -> None:
     index = toy(tmp_path)
     dataset = VolumeDataset(index, split="train")

@@ -16,6 +16,7 @@ from seg3d_monai.engine.checkpoint import (
     adapt_input_channels,
     read_checkpoint,
     read_last,
+    read_spacing,
     start_from,
     write_checkpoint,
     write_last,
@@ -179,6 +180,18 @@ def test_weights_of_a_training_checkpoint_are_the_averaged_ones(make_trainer, tm
     assert torch.equal(loaded.linear.weight, trainer.ema.module.linear.weight)
     shipped = load_weights(ToyNetwork(), tmp_path / "model.pt")
     assert torch.equal(shipped.linear.weight, trainer.ema.module.linear.weight)
+
+
+def test_files_that_do_not_say_the_voxel_size(make_trainer, tmp_path):
+    assert read_spacing(tmp_path / "model.pt") is None
+    make_trainer(train_handlers=[Checkpoints(output_dir=tmp_path)]).run()
+    torch.save(ToyNetwork().state_dict(), tmp_path / "foreign.pt")
+    write_checkpoint(tmp_path / "older.pt", {"network": ToyNetwork().state_dict(), "ema": None})
+    for name in ("model.pt", "last.pt", "foreign.pt", "older.pt"):
+        assert read_spacing(tmp_path / name) is None
+    (tmp_path / "model.pt").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="damaged"):
+        read_spacing(tmp_path / "model.pt")
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from engine_toys import ToyLoader, ToyPredictor, three_bars, toy_item
 from ignite.engine import Events
 
-from seg3d_monai.engine import Checkpoints, CsvLog, Progress, TrainerEvents, Validation, VolumeEvaluator
+from seg3d_monai.engine import Checkpoints, CsvLog, Progress, TrainerEvents, Validation, VolumeEvaluator, read_spacing
 
 
 class Scripted(ToyPredictor):
@@ -182,3 +182,19 @@ def test_validation_refuses(arguments):
 def test_csv_refuses():
     with pytest.raises(ValueError, match="interval=0 is not positive"):
         CsvLog(output_dir="x", interval=0)
+
+
+def test_the_voxel_size_of_the_training_is_kept_in_every_file(make_trainer, tmp_path):
+    spacing = (2.0, 0.8, 0.4)
+    checkpoints = Checkpoints(output_dir=tmp_path, spacing_um=spacing)
+    trainer = make_trainer(train_handlers=[Validation(validator=evaluator_of(1, 3, 2)), checkpoints])
+    trainer.run()
+    for name in ("model.pt", "best.pt", "last.pt", "last.prev.pt"):
+        assert read_spacing(tmp_path / name) == spacing
+    plain = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert set(plain) == set(trainer.network.state_dict())
+    trainer.network.load_state_dict(plain)
+    again = make_trainer(max_epochs=4, train_handlers=[Checkpoints(output_dir=tmp_path)])
+    again.run()
+    assert again.state.iteration == 16
+    assert read_spacing(tmp_path / "last.pt") is None

@@ -5,6 +5,8 @@ import pytest
 
 from seg3d_monai.inference.blocks import BlockPlan, intersection, roi_shape, roi_slices
 
+ROI = (0, 0, 0, 900, 2000, 40)  # one block along x, which needs no halo
+
 
 def test_one_dimension_by_hand():
     plan = BlockPlan.make(shape=(1, 1, 10), block_size=(1, 1, 4), halo=(0, 0, 2))
@@ -32,6 +34,20 @@ def test_index_is_raster_order_and_ends_are_clipped():
     assert block.owned == (3, 4, 0, 5, 7, 4)
     assert block.read == (2, 3, 0, 5, 7, 4)
     assert plan.neighbours(0) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("step", "block_size", "halo"),
+    [
+        ((1, 1, 1), (64, 192, 191), (8, 24, 0)),
+        ((1, 2, 0.5), (64, 384, 96), (8, 50, 0)),
+        ((2.5, 3.84375, 0.3), (160, 768, 56), (23, 97, 0)),  # 738 becomes 768, six times 128; 57.3 becomes 56
+        ((0.01, 1.02, 40), (1, 192, 7168), (2, 27, 0)),  # never no voxel at all
+    ],
+)
+def test_sizes_may_be_given_in_the_voxels_of_a_model(step, block_size, halo):
+    plan = BlockPlan.make(shape=(900, 2000, 9000), block_size=(64, 192, 191), halo=(8, 24, 0), step=step, roi=ROI)
+    assert (plan.block_size, plan.halo) == (block_size, halo)
 
 
 @pytest.mark.parametrize("block_size", [(3, 2, 6), (5, 7, 4), (1, 3, 2), (100, 4, 3)])

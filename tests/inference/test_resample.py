@@ -1,18 +1,21 @@
 """Resampling against integrals, SciPy and torch; instances against ellipsoids drawn directly in the stack's voxels."""
 
+import logging
 import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from inference_toys import to_instances
+from inference_toys import Perfect, to_instances, tree_digest
 from scipy.ndimage import map_coordinates
 
 from seg3d_monai.data.volume import ArrayVolume
-from seg3d_monai.inference import Instances, predict_labels
+from seg3d_monai.inference import Instances, at_model_spacing, predict_labels, predict_volume
 from seg3d_monai.inference.blocks import roi_shape
+from seg3d_monai.inference.journal import Journal
 from seg3d_monai.inference.resample import ResamplingPredictor, resample, resampled_roi, restore
+from seg3d_monai.inference.seam_check import seam_check
 
 ROI = (3, 10, 7, 21, 33, 52)
 SPACING = (2.0, 0.5, 0.4)
@@ -268,6 +271,8 @@ def test_an_unknown_spacing_and_a_wrong_unit_are_refused():
         predictor.for_volume(ArrayVolume(np.zeros((2, 3, 4))))
     with pytest.raises(ValueError, match=r"spacing along x is 400\.0 micrometre.*--spacing"):
         predictor.for_volume(ArrayVolume(np.zeros((2, 3, 4)), (2, 1, 400)))
+    with pytest.raises(ValueError, match="--model_spacing keep"):
+        at_model_spacing(Instances.empty, None, (1, 1, 1)).for_volume(ArrayVolume(np.zeros((2, 3, 4)), (99, 1, 1)))
     with pytest.raises(ValueError, match="spacing"):
         ResamplingPredictor(Instances.empty, spacing_um=(1, 0, 1))
     with pytest.raises(TypeError, match="returned list"):
@@ -285,7 +290,8 @@ def test_identity_tells_spacings_and_inner_predictors_apart():
     inner = [Named("a"), Named("b"), Instances.empty]
     identities = [ResamplingPredictor(i, spacing_um=s).identity() for i in inner for s in (SPACING, (1, 1, 1))]
     assert all(identities.count(i) == 1 for i in identities)
-    assert identities[0] == {"resampled_to_um": list(SPACING), "predictor": {"name": "a"}}
+    assert identities[0] == {"resampled_to_um": list(SPACING), "tolerance": 0.02, "predictor": {"name": "a"}}
+    assert ResamplingPredictor(inner[0], spacing_um=SPACING, tolerance=0.1).identity() not in identities
 
 
 def test_batches_are_the_blocks_one_by_one():
@@ -324,3 +330,86 @@ def test_a_stack_in_blocks_holds_every_cell_once(model_um):
         ids, counts = np.unique(labels[truth == index], return_counts=True)
         found = labels == ids[counts.argmax()]
         assert (found & (truth == index)).sum() / (found | (truth == index)).sum() > 0.75
+
+
+def steps_in(predictor, *spacings):
+    return [predictor.step_in(ArrayVolume(np.zeros((2, 3, 4)), spacing)) for spacing in spacings]
+
+
+def test_the_model_spacing_that_is_asked_for_goes_before_that_of_the_checkpoint(caplog):
+    caplog.set_level(logging.INFO)
+    asked = at_model_spacing(Instances.empty, [2, 1, 1], (2, 0.5, 0.5))
+    assert steps_in(asked, (2, 1, 0.97), (1, 1, 1)) == [(1, 1, 1 / 0.97), (2, 1, 1)]
+    with pytest.raises(ValueError, match="does not say its voxel size"):
+        steps_in(asked, None)
+    kept = at_model_spacing(Instances.empty, None, (2, 0.5, 0.5))
+    assert steps_in(kept, (2.1, 0.5, 0.46), (2, 0.5, 0.25), None) == [(1, 1, 1), (1, 1, 2), (1, 1, 1)]
+    caplog.clear()
+    inner = Perfect(TRUTH)
+    for trained in (None, (2, 0.5, 0.5)):
+        assert at_model_spacing(inner, "keep", trained) is inner
+    assert at_model_spacing(inner, None, None) is inner
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "model_spacing is keep",
+        "model_spacing is keep",
+        "the checkpoint does not say the voxel size of its training",
+    ]
+    with pytest.raises(ValueError, match=r"model_spacing is 'kep'; pass \[z, y, x\] in micrometre, 'keep' or null"):
+        at_model_spacing(Instances.empty, "kep", None)
+
+
+def test_one_line_says_what_is_done_and_why(caplog):
+    caplog.set_level(logging.INFO)
+    predictor = at_model_spacing(Instances.empty, None, (2, 0.5, 0.5))
+    volumes = [ArrayVolume(np.zeros((2, 3, 4)), s) for s in [(2.1, 0.5, 0.5), (2, 0.25, 0.25), None]]
+    for volume in volumes:
+        predictor.step_in(volume)
+        for _ in range(2):  # time points
+            predictor.for_volume(volume)
+    assert [record.message for record in caplog.records] == [
+        "voxel size (z, y, x) of the model is 2 x 0.5 x 0.5 micrometre, of the stack 2.1 x 0.5 x 0.5: blocks are not "
+        "resampled, as they agree to 10%",
+        "voxel size (z, y, x) of the model is 2 x 0.5 x 0.5 micrometre, of the stack 2 x 0.25 x 0.25: blocks are "
+        "resampled, block_size and halo count the model's voxels; --model_spacing keep does not",
+        "voxel size (z, y, x) of the model is 2 x 0.5 x 0.5 micrometre, of the stack unknown: blocks are not "
+        "resampled; --spacing '[z,y,x]' says the stack's",
+    ]
+
+
+TRUTH = Drawing([[6, 8, 8], [17, 9, 22], [17, 24, 9]], [[4, 5, 6]] * 3, (1, 1, 1)).labels((0, 0, 0, 24, 32, 40))
+
+
+@pytest.mark.parametrize("spacing", [(2, 0.5, 0.4), (2.15, 0.46, 0.43), None])
+@pytest.mark.filterwarnings("ignore:the voxel spacing is unknown")
+def test_where_voxel_sizes_agree_or_are_unknown_not_a_bit_changes(tmp_path, spacing):
+    volume = ArrayVolume(np.zeros(TRUTH.shape, np.uint8), spacing)
+    options = {"block_size": (12, 16, 16), "halo": (8, 10, 12), "progress": False}
+    for name, predictor in (("bare", Perfect(TRUTH)), ("model", at_model_spacing(Perfect(TRUTH), None, SPACING))):
+        assert predict_volume(volume, predictor, tmp_path / f"{name}.zarr", **options).num_objects == 3
+    assert tree_digest(tmp_path / "bare.zarr") == tree_digest(tmp_path / "model.zarr")
+    assert (tmp_path / "bare.instances.parquet").read_bytes() == (tmp_path / "model.instances.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("model_um", "block_size", "halo", "read"),
+    [
+        ((4, 1, 0.4), (16, 16, 8), (8, 10, 5), (12, 13, 18)),  # 24 and 26 voxels of the stack, at its border
+        ((1, 0.25, 0.4), (4, 4, 8), (3, 3, 5), (20, 20, 18)),
+    ],
+)
+def test_block_and_halo_count_the_voxels_of_the_model(tmp_path, model_um, block_size, halo, read):
+    """A model of twice the voxel size in z and y, and one of half of it, which sees blocks of 8 voxels and halo."""
+    inner = Drawing([[12, 4, 3.2], [34, 4.5, 8.8], [34, 12, 3.6]], [[8, 2.5, 2.4]] * 3, model_um)
+    predictor = at_model_spacing(inner, None, model_um)
+    volume = ArrayVolume(np.zeros((24, 32, 40), np.uint8), SPACING)
+    done = predict_volume(volume, predictor, tmp_path / "x.zarr", (8, 8, 8), (3, 4, 5), progress=False)
+    with Journal(done.journal) as journal:
+        plan = journal.fact("plan")
+    assert (plan["block_size"], plan["halo"]) == (list(block_size), list(halo))
+    assert np.max([roi_shape(roi) for roi in inner.rois], axis=0).tolist() == list(read)
+    truth = Drawing(inner.centres, inner.radii, SPACING).labels((0, 0, 0, *volume.shape[1:]))
+    labels, table = predict_labels(volume, predictor, (8, 8, 8), (3, 4, 5))
+    assert len(table) == done.num_objects == 3
+    assert ((labels > 0) == (truth > 0)).mean() > 0.97
+    report = seam_check(volume, predictor, block_size=(8, 8, 8), halo=(3, 4, 5), progress=False)
+    assert (report.block_size, report.halo) == (block_size, halo)
