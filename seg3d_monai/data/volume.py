@@ -125,6 +125,7 @@ class StoredVolume(Volume):
 
     Attributes:
         num_times: time points that are stored.
+        level: pyramid level, 0 is full resolution.
     """
 
     def __init__(
@@ -137,8 +138,8 @@ class StoredVolume(Volume):
         level: int = 0,
     ) -> None:
         self.path = os.path.abspath(path)
-        self._level = operator.index(level)
-        stored = _open_stored(self.path, self._level)
+        self.level = operator.index(level)
+        stored = _open_stored(self.path, self.level)
         self._stored: StoredArray | None = stored
         self._stored_shape = stored.shape
         self._axis_of = assign_axes(stored.shape, stored.axes, axes, stored.location)
@@ -179,10 +180,20 @@ class StoredVolume(Volume):
             result[first : first + count] = block.reshape(count, *result.shape[1:])
         return result
 
+    def at_level(self, level: int) -> StoredVolume:
+        """The same channels and time point at another pyramid level; its voxel size is the one that the file gives.
+
+        Raises:
+            ValueError: there is no such level.
+        """
+        assert self.path is not None
+        axes = "".join(sorted(self._axis_of, key=self._axis_of.__getitem__))
+        return StoredVolume(self.path, axes=axes, channels=self._channels, time=self._time, level=level)
+
     def _open(self) -> StoredArray:
         if self._stored is None:
             assert self.path is not None
-            stored = _open_stored(self.path, self._level)
+            stored = _open_stored(self.path, self.level)
             if stored.shape != self._stored_shape or _native_dtype(stored.dtype, stored.location) != self.dtype:
                 raise ValueError(
                     f"{stored.location}: was of shape {self._stored_shape} and {self.dtype}, is now {stored.shape} and "

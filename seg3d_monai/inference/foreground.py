@@ -155,18 +155,14 @@ def _open_mask(mask: Volume | NDArray[np.generic] | str | os.PathLike[str]) -> V
 
 def _coarse_level(volume: Volume) -> Volume | None:
     """The finest level below the volume's own that fits into memory, or None."""
-    if not isinstance(volume, StoredVolume) or volume.path is None:
-        return None
-    axes = "".join(sorted(volume._axis_of, key=volume._axis_of.__getitem__))
-    level = volume._level
-    while True:
-        level += 1
+    while isinstance(volume, StoredVolume):
         try:
-            coarse = open_volume(volume.path, axes=axes, channels=volume._channels, time=volume._time, level=level)
+            volume = volume.at_level(volume.level + 1)
         except ValueError:  # the coarsest was the last one, or the file knows no levels
             return None
-        if prod(coarse.shape) <= LOOK_VOXELS:
-            return _in_memory(coarse)
+        if prod(volume.shape) <= LOOK_VOXELS:
+            return _in_memory(volume)
+    return None
 
 
 def _in_memory(volume: Volume) -> Volume:

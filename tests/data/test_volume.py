@@ -237,6 +237,21 @@ def test_ome_zarr(tmp_path, channels, random_rois, ome_zarr, version):
     expect(open_volume(path / "0", axes="TCZYX"), channels, random_rois)
 
 
+def test_another_level_of_the_same_channels_and_time(tmp_path, channels, random_rois, ome_zarr):
+    series = np.stack([channels[::-1], channels])
+    path = ome_zarr(tmp_path / "image.zarr", series, version="0.5", axes="tczyx", scale=[1, 1, 2.0, 0.5, 0.4])
+    volume = open_volume(path, channels=[1, 0], time=1, spacing=(9, 9, 9))
+    coarse = volume.at_level(1)
+    expect(coarse, channels[::-1, ::2, ::2, ::2], random_rois)
+    assert (volume.level, coarse.level) == (0, 1)
+    assert coarse.spacing_um == (4.0, 1.0, 0.8)
+    expect(coarse.at_level(0), channels[::-1], random_rois)
+    for missing in (2, -1):
+        with pytest.raises(ValueError, match=f"level={missing}"):
+            volume.at_level(missing)
+    expect(open_volume(path / "0", axes="TCZYX", channels=0, time=1).at_level(0), channels[:1], random_rois)
+
+
 def test_ome_zarr_units(tmp_path, stack, ome_zarr):
     for unit, expected in ((None, None), ("millimeter", (2000.0, 500.0, 250.0)), ("second", None)):
         path = ome_zarr(tmp_path / f"{unit}.zarr", stack, version="0.5", axes="zyx", scale=[2, 0.5, 0.25], unit=unit)
