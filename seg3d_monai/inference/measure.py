@@ -1,16 +1,8 @@
 """Measurements of a finished OUTPUT: shape, intensity and atlas region of every object, in one pass over the stack.
 
 Labels, image and atlas are read block by block (about `_BLOCK_SIZE`, in whole chunks of the labels). Memory holds one
-block and a few hundred bytes per object, whatever the size of the stack.
-
-Everything that is counted (voxels, coordinates, neighbours, intensities of at most 16 bits) is summed in integers, so
-the table has the same bits for every block size. Other intensities are summed in float64, block after block in raster
-order, and their variances joined by the formula of Chan, Golub and LeVeque (The American Statistician 37, 1983); there
-another block size may change the last digits.
-
-Surface areas follow Crofton's formula on the 13 directions to the neighbours of a voxel, each weighted by its Voronoi
-cell on the sphere of directions (Legland, Kiêu and Devaux, Image Analysis & Stereology 26, 2007). The directions take
-the voxel size into account, and the formula needs nothing but pairs of neighbours, which do not mind block faces.
+block and a few hundred bytes per object, whatever the size of the stack. What is summed is in object_sums.py, what is
+made of it in object_columns.py.
 
 This file knows volumes and tables; it must not know how the labels were made.
 """
@@ -20,21 +12,19 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.spatial import SphericalVoronoi
 from tqdm import tqdm
 
-from seg3d_monai.data.intensity import check_block
 from seg3d_monai.data.targets import compact_labels
 from seg3d_monai.data.volume import Volume, check_spacing, open_volume
 from seg3d_monai.inference.blocks import BlockPlan, Roi, Triple
-from seg3d_monai.inference.regions import Regions, check_labels, find_runs, open_atlas
+from seg3d_monai.inference.object_columns import intensity_columns, shape_columns
+from seg3d_monai.inference.object_sums import Integers, ObjectSums, join_sums, sum_block
+from seg3d_monai.inference.regions import Regions, check_labels, open_atlas
 from seg3d_monai.inference.table import FORMATS, write_table
 from seg3d_monai.inference.writer import LABELS
 
@@ -42,15 +32,6 @@ _ROWS = 1_000_000  # of a row group
 _BLOCK_SIZE = (64, 256, 256)
 _PENDING_ROWS = 100_000  # rows of single blocks that wait until they are merged
 _SPACING_TOLERANCE = 1e-3  # relative; files round the voxel size
-_FLAT = 1e-12  # principal variances that are smaller, relative to the largest, are rounding errors
-
-_STEPS = [step for step in product((-1, 0, 1), repeat=3) if step > (0, 0, 0)]
-# Steps that are mirror images have the same length and weight, so they are counted together.
-_STEP_KINDS = sorted({(abs(z), abs(y), abs(x)) for z, y, x in _STEPS})
-_AXIS_PAIRS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
-
-_Integers = NDArray[np.int64]
-_Floats = NDArray[np.float64]
 
 
 def measure_objects(
@@ -123,21 +104,21 @@ def measure_objects(
         raise ValueError(f"atlas_spacing is given without atlas: {atlas_spacing!r}; pass the atlas too")
     regions = None if atlas is None else Regions(open_atlas(atlas), atlas_spacing, labels, voxel_um)
 
-    pending: list[_Objects] = [_Objects.empty(len(numbers), volume.dtype)]
+    pending: list[ObjectSums] = [ObjectSums.empty(len(numbers), volume.dtype)]
     blocks = BlockPlan.make(shape=labels.shape[1:], block_size=_block_size(labels.chunk_shape), halo=1)
     for block in tqdm(blocks, total=len(blocks), desc="measure", unit="block", disable=not progress):
         roi = block.owned
         codes, ids = _read_codes(labels, roi)
         if len(ids) == 0:
             continue
-        pending.append(_measure_block(codes, ids, roi, volume))
+        pending.append(sum_block(codes, ids, roi, volume))
         if sum(len(part.ids) for part in pending[1:]) > 2 * len(pending[0].ids) + _PENDING_ROWS:
-            pending = [_merge(pending)]
+            pending = [join_sums(pending)]
         if regions is not None:
             regions.add(codes[:-1, :-1, :-1], ids, roi)
-    objects = _merge(pending)
-    columns: dict[str, NDArray] = {"id": objects.ids, **_shape_columns(objects, voxel_um)}
-    columns |= _intensity_columns(objects, numbers)
+    objects = join_sums(pending)
+    columns: dict[str, NDArray] = {"id": objects.ids, **shape_columns(objects, voxel_um)}
+    columns |= intensity_columns(objects, numbers)
     if regions is not None:
         columns |= regions.columns(objects.voxels)
     rows = pd.DataFrame(columns)
@@ -145,228 +126,13 @@ def measure_objects(
     return path
 
 
-@dataclass(frozen=True)
-class _Objects:
-    """Sums over the voxels of N objects, in a block or in all of them so far.
-
-    Attributes:
-        ids: [N], ascending.
-        voxels: [N].
-        first: [N, 3], sums of the coordinates z, y, x, in voxels of the volume.
-        second: [N, 6], sums of the products in `_AXIS_PAIRS`, modulo 2**64.
-        neighbours: [N, 7], pairs of voxels of the same object, one of `_STEP_KINDS` apart.
-        total: [N, C], sums of intensity; int64 where they are exact, else float64.
-        squares: [N, C], sums of squared intensity (int64), or of squared deviations from the mean (float64).
-        lowest: [N, C].
-        highest: [N, C].
-    """
-
-    ids: _Integers
-    voxels: _Integers
-    first: _Integers
-    second: _Integers
-    neighbours: _Integers
-    total: NDArray
-    squares: NDArray
-    lowest: NDArray
-    highest: NDArray
-
-    @classmethod
-    def empty(cls, num_channels: int, dtype: np.dtype) -> _Objects:
-        first, second, neighbours = (np.zeros((0, n), np.int64) for n in (3, len(_AXIS_PAIRS), len(_STEP_KINDS)))
-        total = np.zeros((0, num_channels), _sum_dtype(dtype))
-        return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), first, second, neighbours, total, total, total, total)
-
-
-def _sum_dtype(dtype: np.dtype) -> type[np.int64] | type[np.float64]:
-    # The squares of 16 bits leave room for 2**31 voxels an object.
-    return np.int64 if dtype.kind in "bui" and dtype.itemsize <= 2 else np.float64
-
-
-def _read_codes(labels: Volume, roi: Roi) -> tuple[NDArray[np.int32], _Integers]:
+def _read_codes(labels: Volume, roi: Roi) -> tuple[NDArray[np.int32], Integers]:
     """The objects of a ROI and of one more voxel at its upper faces, background beyond the volume's end."""
     stop = [min(end + 1, extent) for end, extent in zip(roi[3:], labels.shape[1:], strict=True)]
     block = labels.read((*roi[:3], *stop))[0]
     codes, ids = compact_labels(block, ignore=None if block.dtype == bool else int(np.iinfo(block.dtype).max))
     beyond = [(0, end + 1 - last) for end, last in zip(roi[3:], stop, strict=True)]
     return np.pad(np.maximum(codes, 0), beyond), ids
-
-
-def _measure_block(codes: NDArray[np.int32], ids: _Integers, roi: Roi, image: Volume) -> _Objects:
-    """Sums over the objects of a block; `codes` reaches one voxel beyond its upper faces."""
-    neighbours = _count_neighbours(codes, len(ids))
-    owned = codes[:-1, :-1, :-1]
-    starts, lengths = find_runs(owned)
-    run_codes = owned.reshape(-1)[starts]
-    length = lengths.astype(np.int64)
-    z, y, x = (place + low for place, low in zip(np.unravel_index(starts, owned.shape), roi[:3], strict=True))
-    along = length * x + length * (length - 1) // 2
-    along_squared = x * (2 * along - length * x) + (length - 1) * length * (2 * length - 1) // 6
-    first = (length * z, length * y, along)
-    second = (first[0] * z, first[1] * y, along_squared, first[0] * y, along * z, along * y)
-
-    def summed(values: NDArray) -> NDArray:
-        result = np.zeros(len(ids) + 1, values.dtype)
-        np.add.at(result, run_codes, values)
-        return result
-
-    def columns(values: Sequence[NDArray]) -> NDArray:
-        return np.stack(values, axis=1)[1:]  # without the background
-
-    voxels = summed(length)
-    block = image.read(roi)
-    check_block(block, roi, image.path)
-    total, squares, lowest, highest = [], [], [], []
-    for channel in block:
-        values = channel.reshape(-1).astype(_sum_dtype(channel.dtype))
-        sums = summed(np.add.reduceat(values, starts))
-        is_float = values.dtype.kind == "f"
-        # The start must be neutral: an object may have no voxel here but in the margin.
-        limits = (-np.inf, np.inf) if is_float else (np.iinfo(np.int64).min, np.iinfo(np.int64).max)
-        high, low = (np.full_like(sums, limit) for limit in limits)
-        np.minimum.at(low, run_codes, np.minimum.reduceat(values, starts))
-        np.maximum.at(high, run_codes, np.maximum.reduceat(values, starts))
-        if is_float:
-            means = np.divide(sums, voxels, out=np.zeros_like(sums), where=voxels > 0)
-            values -= np.repeat(means[run_codes], lengths)
-        total.append(sums)
-        squares.append(summed(np.add.reduceat(values * values, starts)))
-        lowest.append(low)
-        highest.append(high)
-    return _Objects(
-        ids=ids,
-        voxels=voxels[1:],
-        first=columns([summed(values) for values in first]),
-        second=columns([summed(values) for values in second]),
-        neighbours=neighbours,
-        total=columns(total),
-        squares=columns(squares),
-        lowest=columns(lowest),
-        highest=columns(highest),
-    )
-
-
-def _count_neighbours(codes: NDArray[np.int32], num_objects: int) -> _Integers:
-    """[num_objects, 7]: pairs of voxels of one object, by `_STEP_KINDS`.
-
-    A pair belongs to the block that owns the lowest corner of the pair's bounding box, so the blocks of a volume count
-    every pair once.
-    """
-    counts = np.zeros((num_objects, len(_STEP_KINDS)), np.int64)
-    for step in _STEPS:
-        near = codes[tuple(slice(1, None) if s < 0 else slice(-1) for s in step)]
-        far = codes[tuple(slice(1, None) if s > 0 else slice(-1) for s in step)]
-        same = near[(near == far) & (near > 0)]
-        kind = _STEP_KINDS.index((abs(step[0]), abs(step[1]), abs(step[2])))
-        counts[:, kind] += np.bincount(same, minlength=num_objects + 1)[1:]
-    return counts
-
-
-def _merge(parts: Sequence[_Objects]) -> _Objects:
-    """Join sums over disjoint sets of voxels."""
-    ids = np.concatenate([part.ids for part in parts])
-    if len(ids) == 0:
-        return parts[0]
-    order = np.argsort(ids, kind="stable")
-    unique, starts, group = np.unique(ids[order], return_index=True, return_inverse=True)
-
-    def rows(name: str) -> NDArray:
-        return np.concatenate([getattr(part, name) for part in parts])[order]
-
-    def added(values: NDArray) -> NDArray:
-        return np.add.reduceat(values, starts, axis=0)
-
-    voxels, total, squares = rows("voxels"), rows("total"), rows("squares")
-    if total.dtype.kind == "f":
-        part_means = total / np.maximum(voxels, 1)[:, None]
-        means = added(total) / np.maximum(added(voxels), 1)[:, None]
-        squares = squares + voxels[:, None] * (part_means - means[group]) ** 2
-    return _Objects(
-        ids=unique,
-        voxels=added(voxels),
-        first=added(rows("first")),
-        second=added(rows("second")),
-        neighbours=added(rows("neighbours")),
-        total=added(total),
-        squares=added(squares),
-        lowest=np.minimum.reduceat(rows("lowest"), starts, axis=0),
-        highest=np.maximum.reduceat(rows("highest"), starts, axis=0),
-    )
-
-
-def _shape_columns(objects: _Objects, spacing_um: Sequence[float] | None) -> dict[str, NDArray]:
-    spacing = np.asarray((1.0, 1.0, 1.0) if spacing_um is None else spacing_um)
-    volume = objects.voxels * spacing.prod()
-    diameter = np.cbrt(6 / np.pi * volume)
-    surface = _surface_area(objects, spacing)
-    lengths = _axis_lengths(objects, spacing)
-    major, intermediate, minor = lengths.T
-    columns = {
-        "volume_um3": volume,
-        "equivalent_diameter_um": diameter,
-        "surface_area_um2": surface,
-        "sphericity": np.pi * diameter**2 / surface,
-        "axis_major_length_um": major,
-        "axis_intermediate_length_um": intermediate,
-        "axis_minor_length_um": minor,
-        "elongation": np.divide(major, intermediate, out=np.full_like(major, np.nan), where=intermediate > 0),
-    }
-    known = np.nan if spacing_um is None else 1.0
-    return {"volume_voxels": objects.voxels} | {name: values * known for name, values in columns.items()}
-
-
-def _surface_area(objects: _Objects, spacing: _Floats) -> _Floats:
-    """Twice the mean, over all directions, of the area of a projection times how often its lines cross the surface."""
-    steps = np.array([step for step in product((-1, 0, 1), repeat=3) if any(step)])
-    lengths = np.linalg.norm(steps * spacing, axis=1)
-    shares = SphericalVoronoi(steps * spacing / lengths[:, None]).calculate_areas() / (4 * np.pi)
-    surface = np.zeros(len(objects.ids))
-    for kind, same in zip(_STEP_KINDS, objects.neighbours.T, strict=True):
-        of_kind = (np.abs(steps) == kind).all(axis=1)
-        # Each line of voxels stands for voxel volume / step of the plane across it; a voxel whose neighbour is not of
-        # its object is a crossing. Steps and their opposites are the same lines, met from either end.
-        crossings = of_kind.sum() * objects.voxels - 2 * same
-        surface += 2 * shares[of_kind].mean() * 2 * crossings * spacing.prod() / lengths[of_kind].mean()
-    return surface
-
-
-def _axis_lengths(objects: _Objects, spacing: _Floats) -> _Floats:
-    """[N, 3], descending; a solid ellipsoid of full axis L has the variance L**2 / 20 along it."""
-    covariance = np.zeros((len(objects.ids), 3, 3))
-    for (a, b), products in zip(_AXIS_PAIRS, objects.second.T, strict=True):
-        central = _central_products(objects.voxels, objects.first[:, a], objects.first[:, b], products)
-        covariance[:, a, b] = covariance[:, b, a] = central / objects.voxels * spacing[a] * spacing[b]
-    variances = np.linalg.eigvalsh(covariance)[:, ::-1]
-    variances = np.where(variances > _FLAT * variances[:, :1], variances, 0)
-    return np.sqrt(20 * variances)
-
-
-def _central_products(count: _Integers, sum_a: _Integers, sum_b: _Integers, products: _Integers) -> _Floats:
-    """Sums of (a - mean a) * (b - mean b) from sums of a, b and a * b.
-
-    They are shifted to the integers below the means first. That is exact even where `products` has gone round 2**64,
-    since the shifted sum is small.
-    """
-    low_a, low_b = sum_a // count, sum_b // count
-    shifted = products - low_a * sum_b - low_b * sum_a + count * low_a * low_b
-    return shifted - (sum_a - count * low_a).astype(np.float64) * (sum_b - count * low_b) / count
-
-
-def _intensity_columns(objects: _Objects, channels: Sequence[int]) -> dict[str, NDArray]:
-    columns: dict[str, NDArray] = {}
-    for channel, total, squares, lowest, highest in zip(
-        channels, objects.total.T, objects.squares.T, objects.lowest.T, objects.highest.T, strict=True
-    ):
-        if total.dtype.kind == "i":
-            squares = _central_products(objects.voxels, total, total, squares)
-        columns |= {
-            f"intensity_mean_c{channel}": total / objects.voxels,
-            f"intensity_std_c{channel}": np.sqrt(squares / objects.voxels),
-            f"intensity_min_c{channel}": lowest,
-            f"intensity_max_c{channel}": highest,
-            f"intensity_sum_c{channel}": total,
-        }
-    return columns
 
 
 def _table_path(output: Path, table: str | os.PathLike[str] | None) -> Path:

@@ -21,7 +21,8 @@ from scipy.spatial import cKDTree
 
 from seg3d_monai.data.volume import Volume
 from seg3d_monai.inference.blocks import Roi, Triple, roi_slices
-from seg3d_monai.inference.seam_check import KINDS, Cell, Faces, SeamReport
+from seg3d_monai.inference.seam_cells import KINDS, Cell, Faces
+from seg3d_monai.inference.seam_report import SeamReport
 
 FIRST_COLOUR, SECOND_COLOUR = "#ffb000", "#35c9ff"  # amber and sky: apart for every kind of colour blindness
 

@@ -11,7 +11,7 @@ from measure_toys import BLOCK_SIZES, SHAPE, SPACING, crowded, measured, picture
 from skimage.measure import regionprops_table
 
 from seg3d_monai.data.volume import ArrayVolume
-from seg3d_monai.inference import measure
+from seg3d_monai.inference import measure, object_columns
 from seg3d_monai.inference.measure import measure_objects
 
 
@@ -183,7 +183,7 @@ def test_places_far_from_the_origin_are_exact():
     wrapped = (squares + 2**63) % 2**64 - 2**63
     assert squares > 2**63
     arguments = (np.array([value], np.int64) for value in (count, total, total, wrapped))
-    assert measure._central_products(*arguments)[0] == count * (side**2 - 1) / 12
+    assert object_columns._central_products(*arguments)[0] == count * (side**2 - 1) / 12
 
 
 def test_files(tmp_path):

@@ -11,7 +11,9 @@ from matplotlib.image import imread
 from scipy.spatial import cKDTree
 
 from seg3d_monai.inference import Instances
-from seg3d_monai.inference.seam_check import KINDS, SeamReport, Tally, compare_labels, seam_check
+from seg3d_monai.inference.seam_cells import KINDS, compare_labels
+from seg3d_monai.inference.seam_check import seam_check
+from seg3d_monai.inference.seam_report import SeamReport, Tally
 
 NO_FACES = ((), (), ())
 
