@@ -17,6 +17,7 @@ import numpy as np
 
 from seg3d_monai.inference.blocks import BlockPlan, roi_shape
 from seg3d_monai.inference.evidence import label_map
+from seg3d_monai.inference.freed_memory import give_back_at_once
 from seg3d_monai.inference.journal import unpack_instances
 from seg3d_monai.inference.workers import BlockWorker, Predictor, UnreadableBlockError
 
@@ -76,6 +77,7 @@ def estimate_run(
     Raises:
         UnreadableBlockError: if the block cannot be read.
     """
+    give_back_at_once()  # as a run does
     worker = BlockWorker(plan, volumes, predictors, min_score)
     i, j, k = (n // 2 for n in plan.grid)
     block = plan[(i * plan.grid[1] + j) * plan.grid[2] + k]

@@ -24,7 +24,7 @@ MIN_IOU_DEFERRING = 0.05
 PRIOR_VOXELS = 8
 """A link over a handful of voxels is weaker evidence than its IoU says."""
 _COUNTED_AT_A_TIME = 2**16
-"""Voxels; numpy counts in int64, and a block's voxels would be many times the block's labels there."""
+"""Voxels; numpy counts in int64, which for a whole block would be several times its labels."""
 
 Ints = NDArray[np.int64]
 

@@ -83,14 +83,15 @@ def paint_block(plan: BlockPlan, source: InstanceSource, claims: Claims, min_sco
     own = slot_of[labels]
     if not claims.visitors:
         return Painted(values, own, own)
-    score = np.concatenate([[-np.inf], np.where(claims.values > 0, claims.scores, -np.inf)])[labels]
+    # The strongest visitor comes first, so no other takes what a visitor has: the last score stands for all of them.
+    score = np.concatenate([[-np.inf], np.where(claims.values > 0, claims.scores, -np.inf), [np.inf]])
     slots = own.copy()
     views = _Views(plan, source, roi, min_score)
     for visitor, slot in zip(claims.visitors, np.searchsorted(values, visiting).tolist(), strict=True):
-        window, mask = views.of(visitor)
-        wins = mask & (visitor.score > score[window])
+        window, wins = views.of(visitor)
+        wins[wins] = visitor.score > score[labels[window][wins]]
         slots[window][wins] = slot
-        score[window][wins] = visitor.score
+        labels[window][wins] = len(score) - 1
     return Painted(values, own, slots)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from seg3d_monai.data.intensity import check_block
 from seg3d_monai.inference.blocks import Block, BlockPlan, Roi, roi_shape
 from seg3d_monai.inference.evidence import Census, Ints, Links, link_block, take_census
+from seg3d_monai.inference.freed_memory import give_back_at_once
 from seg3d_monai.inference.instances import Instances
 from seg3d_monai.inference.journal import PackedInstance, RowSource, pack_instances
 from seg3d_monai.inference.paint import Claims, paint_block
@@ -118,7 +119,7 @@ class BlockWorker:
         """Paint and write a block's owned ROI."""
         block = self._plan[claims.block]
         painted = paint_block(self._plan, RowSource(rows), claims, self._min_score)
-        writer.write(block, painted.values[painted.slots])
+        writer.write(block, painted.values.astype(np.uint32)[painted.slots])
         return count_objects(painted.slots, painted.values, block.owned)
 
     def copy(self, writer: LabelWriter, index: int) -> None:
@@ -193,6 +194,7 @@ def start_workers(
     make_worker: Callable[[], BlockWorker], num_workers: int, address: str | None, gpus: float
 ) -> Workers:
     """A thread of this process, or several processes on Ray; `predict_volume` describes the arguments."""
+    make_worker = partial(_make_worker, make_worker)
     if num_workers == 1 and address is None:
         return ThreadWorkers(make_worker())
     from seg3d_monai.inference.ray_workers import RayWorkers
@@ -204,6 +206,12 @@ def start_workers(
         num_threads=torch.get_num_threads(),
         gpus_per_worker=gpus,
     )
+
+
+def _make_worker(make_worker: Callable[[], BlockWorker]) -> BlockWorker:
+    """Make a worker in the process in which it works."""
+    give_back_at_once()
+    return make_worker()
 
 
 def no_predictor(block: torch.Tensor, roi: Roi) -> Any:
