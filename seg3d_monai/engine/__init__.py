@@ -28,7 +28,7 @@ __all__ = [
     "load_weights",
     "parameter_groups",
     "provenance",
+    "read_spacing",
     "record_run",
     "start_from",
 ]
-    "read_spacing",
