@@ -21,6 +21,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -41,6 +42,8 @@ __all__ = ["Job", "run_group", "run_in_worker"]
 
 TRAINER = "train::trainer"  # where MONAI's bundles have it
 POLL_S = 0.2
+LOSS_PATIENCE_S = 3  # for Ray to see what a broken connection comes from
+COLLECTIVE_TIMEOUT_S = 2 * 3600  # the others wait as long as the first worker validates
 RAY_TRAIN = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean in the driver
@@ -48,6 +51,7 @@ RAY_TRAIN = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a machine that is taken away is a loss like another
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "45",  # a process that is alive but does not answer; Ray's own: 600
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # what is left of a broken group; Ray's own: 30
@@ -62,17 +66,13 @@ class Job:
     """What a worker gets, as plain data.
 
     Attributes:
-        config: merged, with absolute paths.
-        init_id: list of the config to evaluate first.
-        run_id: list to evaluate then.
+        config: merged, with absolute paths; its lists `initialize` and `run` are evaluated.
         num_threads: of torch.
         log_level: of the root logger.
         log_format: formatter of the root logger; None where the driver's has no handler.
     """
 
     config: dict[str, Any]
-    init_id: str
-    run_id: str
     num_threads: int
     log_level: int
     log_format: logging.Formatter | None
@@ -81,8 +81,6 @@ class Job:
 def run_group(
     config: dict[str, Any],
     *,
-    init_id: str,
-    run_id: str,
     num_workers: int,
     gpus_per_worker: float | None,
     cpus_per_worker: int | None,
@@ -90,7 +88,7 @@ def run_group(
     max_failures: int,
     resource_timeout_s: float,
 ) -> None:
-    """Run a config in several processes until it is done.
+    """Run the lists `initialize` and `run` of a config in several processes until they are done.
 
     Output of the first worker appears on this process' stdout and stderr. SIGTERM and Ctrl-C are passed on to the
     trainer, as `trainer.stop(number)` in the first worker, and end at once what is not training; a second one acts
@@ -98,8 +96,6 @@ def run_group(
 
     Args:
         config: as `portable_config` returns it.
-        init_id: list of the config that is evaluated first.
-        run_id: list that is evaluated then.
         num_workers: processes, >= 2.
         gpus_per_worker: as for `Launcher`, like the following.
         cpus_per_worker: CPUs and torch threads.
@@ -137,8 +133,6 @@ def run_group(
         root = logging.getLogger()
         job = Job(
             config=config,
-            init_id=init_id,
-            run_id=run_id,
             num_threads=cpus,
             log_level=root.level,
             log_format=next((handler.formatter for handler in root.handlers), None),
@@ -157,7 +151,7 @@ def run_group(
 def _live(room: _Room, desk: Any, job: Job, stop: _FirstSignal, storage: str) -> str | None:
     """Run one group to its end; returns what it was lost by, or None if the training is done."""
     ray = room.ray
-    ray.get(desk.open.remote())
+    desk.open.remote()
     fit = _start(room.trainer(_work_function(ray, job, desk), storage).fit)
     while not fit.done():
         wait([fit], timeout=POLL_S)
@@ -193,26 +187,30 @@ class _Room:
     def trainer(self, work: Any, storage: str) -> Any:
         """Ray Train's description of a group that runs a function in each worker."""
         try:
-            from ray.train import FailureConfig, RunConfig, ScalingConfig
+            from ray import train
             from ray.train.torch import TorchConfig, TorchTrainer
         except ImportError as error:
             raise ImportError(
                 f'training in several processes needs Ray Train ({error}); pip install "seg3d_monai[cluster]"',
                 name="ray.train",
             ) from error
+        api: Any = train  # whose types are those of its first version
         switches = {name: value for name, value in os.environ.items() if name.startswith("SEG3D_")}
         return TorchTrainer(
             work,
-            torch_config=TorchConfig(backend="nccl" if self.gpus >= 1 else "gloo"),  # nccl does not share a GPU
-            scaling_config=ScalingConfig(
+            torch_config=TorchConfig(
+                backend="nccl" if self.gpus >= 1 else "gloo",  # nccl does not share a GPU
+                timeout_s=COLLECTIVE_TIMEOUT_S,
+            ),
+            scaling_config=api.ScalingConfig(
                 num_workers=self.num_workers,
                 use_gpu=self.gpus > 0,
                 resources_per_worker={"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})},
             ),
-            run_config=RunConfig(
+            run_config=api.RunConfig(
                 name="group",
                 storage_path=storage,
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                failure_config=api.FailureConfig(max_failures=0, controller_failure_limit=0),
                 worker_runtime_env={"env_vars": switches},
             ),
         )
@@ -271,7 +269,7 @@ class _FirstSignal:
 
     def _remember(self, number: int, frame: Any) -> None:
         self.number = number
-        logger.warning("%s: passed on to the workers", signal.Signals(number).name)
+        logger.warning("%s: stopping the workers", signal.Signals(number).name)
         signal.signal(number, self._before[number])
 
     def _set(self, handlers: Mapping[int, Any]) -> None:
@@ -441,12 +439,17 @@ def run_in_worker(job: Job, desk: Any) -> None:
             _resume(parser, desk)
             if is_first:
                 stack.enter_context(_listening(parser, desk))
-            evaluate(parser, job.init_id)
-            evaluate(parser, job.run_id)
+            evaluate(parser, "initialize")
+            evaluate(parser, "run")
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except Exception as error:
-            raise _portable(error) from None
+            told = _portable(error)
+            if isinstance(told, ConnectionError):
+                time.sleep(LOSS_PATIENCE_S)
+            elif dist.get_backend() == "gloo":
+                dist.destroy_process_group()  # so that nobody waits for this one
+            raise told from None
         if is_first:
             ray.get(desk.finish.remote(code))  # after all its output
 
@@ -487,7 +490,7 @@ def _listening(parser: ConfigParser, desk: Any) -> Iterator[None]:
 
     def listen() -> None:
         number = ray.get(desk.wait_for_signal.remote())
-        trainer = parser.ref_resolver.resolved_content.get(TRAINER)
+        trainer: Any = parser.ref_resolver.resolved_content.get(TRAINER)
         if not done.is_set() and (trainer is None or not trainer.stop(number)):
             os._exit(128 + number)
 
@@ -504,7 +507,7 @@ def _portable(error: Exception) -> Exception:
     chain = list(_causes(error))
     for cause in chain:
         if _is_loss(cause):
-            return ConnectionError(f"{where} lost touch with another ({_first_line(cause)})")
+            return ConnectionError(f"{where} lost touch with another ({_first_line(cause)[:200]})")
     told = user_error(error) or next((cause for cause in chain if isinstance(cause, FloatingPointError)), None)
     if told is None:
         return RuntimeError(f"{where} failed:\n{''.join(traceback.format_exception(error)).rstrip()}")

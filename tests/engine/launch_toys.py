@@ -39,6 +39,8 @@ class ToyTrainer:
         self.is_running = True
         step, total = json.loads((self.folder / "last.pt").read_text()) if self.resume else (0, 0.0)
         self.note("start", step)
+        if self.rank == 0:
+            print(f"started at {step}", flush=True)
         while step < self.steps:
             time.sleep(self.seconds)
             step += 1
@@ -58,7 +60,7 @@ class ToyTrainer:
 
     def note(self, *words):
         with (self.folder / f"notes_{self.rank}").open("a") as file:
-            print(*words, os.getpid(), torch.get_num_threads(), file=file)
+            print(*words, os.getpid(), torch.get_num_threads(), os.environ.get("TOY_NODE"), time.time(), file=file)
 
     def have_accident(self, step):
         accident = self.accident or {}
