@@ -125,6 +125,7 @@ def predict_volume(
     label_tiff: bool = False,
     copy_image: bool = False,
     ome_zarr_version: str = "0.5",
+    shards: bool | None = None,
     score_threshold: float | None = None,
     min_volume: int = 0,
     identity: dict[str, Any] | None = None,
@@ -174,6 +175,7 @@ def predict_volume(
         label_tiff: also write the labels as `X.labels.tif`.
         copy_image: copy the input into OUTPUT.
         ome_zarr_version: "0.5" or "0.4".
+        shards: keep the chunks of a block in one file; None does so where the version can, which 0.4 cannot.
         score_threshold: ignore instances with a lower score; None keeps all.
         min_volume: leave out objects with fewer voxels.
         identity: JSON-able facts that tell predictors apart (a changed one is refused on resuming); default: the result
@@ -196,6 +198,10 @@ def predict_volume(
     output = Path(output)
     _check_choice("dtype", dtype, DTYPES)
     _check_choice("ome_zarr_version", ome_zarr_version, OME_ZARR_VERSIONS)
+    if shards not in (None, True, False):
+        raise ValueError(f"shards is {shards!r}; pass True, False or None")
+    if shards and ome_zarr_version == "0.4":
+        raise ValueError("shards is True, and OME-Zarr 0.4 has none; pass ome_zarr_version 0.5, or shards False")
     tables = _table_formats(table)
     for name, value in (("num_workers", num_workers), ("batch_size", batch_size), ("min_volume", min_volume)):
         least = 0 if name == "min_volume" else 1
@@ -230,6 +236,7 @@ def predict_volume(
                 "label_tiff": label_tiff,
                 "copy_image": copy_image,
                 "ome_zarr_version": ome_zarr_version,
+                "shards": ome_zarr_version != "0.4" if shards is None else shards,
                 "provenance": provenance or {},
             },
         }

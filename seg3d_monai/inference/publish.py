@@ -44,6 +44,7 @@ def publish(run: Run, paths: OutputPaths, facts: dict[str, Any]) -> int:
         spacing_um=facts["spacing_um"],
         version=output["ome_zarr_version"],
         facts={"provenance": output["provenance"]} | ({"holes": holes} if holes else {}),
+        shards=output["shards"],
         is_series=facts["times"] is not None,
         image=(facts["shape"][0], facts["dtype"]) if output["copy_image"] else None,
     )
@@ -54,6 +55,8 @@ def publish(run: Run, paths: OutputPaths, facts: dict[str, Any]) -> int:
             journal.forget({"state": STITCHING}, "painted", "tiles")
             writer.create()
             journal.set_fact("state", PAINTING)
+        else:
+            writer.remove_remains()
         run.paint(stitched, writer)
         if output["copy_image"]:
             run.copy_image(writer)

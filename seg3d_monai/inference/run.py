@@ -23,7 +23,7 @@ from seg3d_monai.inference.table import ObjectTotals
 from seg3d_monai.inference.workers import LabelTarget, UnreadableBlockError
 from seg3d_monai.inference.writer import LabelWriter
 
-_TILES_OF_A_CALL = 8
+_CHUNKS_OF_A_CALL = 8
 
 
 @dataclass
@@ -157,7 +157,8 @@ class Run:
             give_back()
             built = self.journal.tiles(name)
             missing = [tile for tile in range(writer.num_tiles(name)) if tile not in built]
-            parts = [missing[i : i + _TILES_OF_A_CALL] for i in range(0, len(missing), _TILES_OF_A_CALL)]
+            size = max(1, _CHUNKS_OF_A_CALL // writer.chunks_of_a_tile(name))
+            parts = [missing[i : i + size] for i in range(0, len(missing), size)]
             queue = deque(Call("build_tiles", part, lambda n=name, p=part: (writer, n, p)) for part in parts)  # type: ignore[misc]
             with self._bar(f"level {name}", "tile", writer.num_tiles(name), len(built)) as bar:
                 for call, _ in run_calls(self.workers, queue, self.is_stopping):

@@ -1,8 +1,9 @@
 """Writing labels as OME-Zarr 0.5 or 0.4: a multiscale `labels/instances`, built beside OUTPUT and renamed at the end.
 
 An OUTPUT that exists is complete. Nothing in it depends on time, host, place or the number of workers. Every block
-writes whole chunks of its own, and so does every tile of a coarser level, so any number of processes may write at once,
-and what a killed one left is written again. This file knows label arrays, not instances.
+writes whole files of its own, and so does every tile of a coarser level, so any number of processes may write at once,
+and what a killed one left is written again. A file is a chunk, or a shard: all chunks of a block, or of as large a part
+of a coarser level. This file knows label arrays, not instances.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class LabelWriter:
         spacing_um: (z, y, x) micrometer per voxel, or None: then the scale is in voxels, without a unit.
         version: OME-Zarr version, "0.5" or "0.4".
         facts: JSON-able facts kept in OUTPUT's attributes beside the plan.
+        shards: whether the chunks of a block lie in one file; not in version 0.4.
         is_series: whether the arrays have an axis of time before the others.
         image: (number of channels, dtype) of a copy of the input beside the labels, or None.
     """
@@ -56,6 +58,7 @@ class LabelWriter:
         spacing_um: Sequence[float] | None,
         version: str,
         facts: dict[str, Any],
+        shards: bool = False,
         is_series: bool = False,
         image: tuple[int, DTypeLike] | None = None,
     ) -> None:
@@ -69,6 +72,7 @@ class LabelWriter:
         self._is_series = is_series
         self._image = image
         self._chunks = chunk_shape(plan)
+        self._shards = shard_shape(plan, self._chunks) if shards else self._chunks
         self._factors = _pyramid(plan.shape, spacing_um)
         self._open: dict[str, zarr.Array[Any]] = {}
 
@@ -98,10 +102,15 @@ class LabelWriter:
             if self._image is not None:
                 self._create(root, str(level), (*leading, self._image[0], *shape), np.dtype(self._image[1]))
 
+    def remove_remains(self) -> None:
+        """Remove the files that a killed process was writing; zarr gives a file its name once it is whole."""
+        for path in self.partial.rglob("*.partial"):
+            path.unlink()
+
     def write(self, block: Block, labels: NDArray[np.integer]) -> None:
         """Write the ids [d, h, w] of a block's owned ROI."""
         leading = (block.time,) if self._is_series else ()
-        self._array(f"{LABELS}/0")[(*leading, *roi_slices(block.owned))] = labels.astype(self._dtype)
+        self._array(f"{LABELS}/0")[(*leading, *roi_slices(block.owned))] = labels.astype(self._dtype, copy=False)
 
     def copy(self, block: Block, voxels: NDArray[Any]) -> None:
         """Write the image [C, d, h, w] of a block's owned ROI."""
@@ -114,8 +123,13 @@ class LabelWriter:
         return [f"{LABELS}/{i}" for i in levels] + ([str(i) for i in levels] if self._image is not None else [])
 
     def num_tiles(self, name: str) -> int:
-        """Tiles of a coarser level: its chunks."""
-        return prod(self._array(name).cdata_shape)
+        """Tiles of a coarser level: its files."""
+        return prod(_grid(self._array(name)))
+
+    def chunks_of_a_tile(self, name: str) -> int:
+        """Chunks that a tile of a coarser level holds."""
+        array = self._array(name)
+        return prod(array.shards or array.chunks) // prod(array.chunks)
 
     def build_tile(self, name: str, tile: int) -> None:
         """Make one tile of a coarser level from the level before it."""
@@ -125,16 +139,25 @@ class LabelWriter:
         pairs = zip(self._factors[number], self._factors[number - 1], strict=True)
         z, y, x = (new // old for new, old in pairs)
         step = (z, y, x)
-        *leading, i, j, k = (int(n) for n in np.unravel_index(tile, coarse.cdata_shape))
-        starts = [n * c for n, c in zip((i, j, k), coarse.chunks[-3:], strict=True)]
-        stops = [min(s + c, n) for s, c, n in zip(starts, coarse.chunks[-3:], coarse.shape[-3:], strict=True)]
-        extents = list(zip(starts, stops, step, strict=True))
-        target: tuple[int | slice, ...] = (*leading, *(slice(a, b) for a, b, _ in extents))
-        source: tuple[int | slice, ...] = (*leading, *(slice(a * f, b * f) for a, b, f in extents))
         downsample: Downsample = downsample_labels if folder == LABELS else downsample_image
-        voxels = np.asarray(fine[source])
+        *leading, i, j, k = (int(n) for n in np.unravel_index(tile, _grid(coarse)))
+        extent = (coarse.shards or coarse.chunks)[-3:]
+        starts = [n * e for n, e in zip((i, j, k), extent, strict=True)]
+        stops = [min(a + e, n) for a, e, n in zip(starts, extent, coarse.shape[-3:], strict=True)]
+        voxels = np.zeros([b - a for a, b in zip(starts, stops, strict=True)], coarse.dtype)
+        # Chunk by chunk: the finer voxels of a whole shard would be eight times as many.
+        lines = (range(a, b, c) for a, b, c in zip(starts, stops, coarse.chunks[-3:], strict=True))
+        for corner in product(*lines):
+            ends = [min(a + c, b) for a, c, b in zip(corner, coarse.chunks[-3:], stops, strict=True)]
+            extents = zip(corner, ends, step, strict=True)
+            source: tuple[int | slice, ...] = (*leading, *(slice(a * f, b * f) for a, b, f in extents))
+            finer = np.asarray(fine[source])
+            if finer.any():
+                window = tuple(slice(a - o, b - o) for a, b, o in zip(corner, ends, starts, strict=True))
+                voxels[window] = downsample(finer, step)
         if voxels.any():
-            coarse[target] = downsample(voxels, step)
+            target: tuple[int | slice, ...] = (*leading, *(slice(a, b) for a, b in zip(starts, stops, strict=True)))
+            coarse[target] = voxels
 
     def publish(self) -> None:
         """Make OUTPUT appear, complete."""
@@ -156,9 +179,9 @@ class LabelWriter:
         return {**self.__dict__, "_open": {}}
 
     def _create(self, root: zarr.Group, name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
-        extra = len(shape) - 3
-        chunks = (1,) * extra + tuple(min(c, n) for c, n in zip(self._chunks, shape[-3:], strict=True))
-        options: dict[str, Any] = {"shape": tuple(shape), "chunks": chunks, "dtype": dtype, "fill_value": 0}
+        leading = (1,) * (len(shape) - 3)
+        chunks = tuple(min(c, n) for c, n in zip(self._chunks, shape[-3:], strict=True))
+        options: dict[str, Any] = {"shape": tuple(shape), "chunks": leading + chunks, "dtype": dtype, "fill_value": 0}
         if self._version == "0.4":
             options |= {
                 "compressors": numcodecs.Zstd(level=_ZSTD_LEVEL),
@@ -170,6 +193,10 @@ class LabelWriter:
                 "compressors": ZstdCodec(level=_ZSTD_LEVEL),
                 "dimension_names": names if self._is_series else names[1:],
             }
+            if self._shards != self._chunks:
+                # A level that is smaller than a shard is one.
+                sizes = zip(self._shards, chunks, shape[-3:], strict=True)
+                options["shards"] = leading + tuple(-(-min(s, n) // c) * c for s, c, n in sizes)
         root.create_array(name, **options)
 
     def _multiscale(self, name: str, axes: str, kind: str) -> dict[str, Any]:
@@ -236,7 +263,8 @@ def downsample_image(image: NDArray[Any], step: Triple) -> NDArray[Any]:
 
 
 def _cells(array: NDArray[Any], step: Triple) -> list[NDArray[Any]]:
-    padded = np.pad(array, [(0, -n % f) for n, f in zip(array.shape, step, strict=True)], mode="edge")
+    missing = [(0, -n % f) for n, f in zip(array.shape, step, strict=True)]
+    padded = np.pad(array, missing, mode="edge") if np.any(missing) else array  # np.pad always copies
     return [padded[i :: step[0], j :: step[1], k :: step[2]] for i, j, k in product(*(range(f) for f in step))]
 
 
@@ -252,6 +280,17 @@ def chunk_shape(plan: BlockPlan) -> Triple:
         fitting = max(d for d in divisors if d <= limit)
         chunks.append(fitting if 2 * fitting >= min(size, limit) else min(d for d in divisors if d > limit))
     return chunks[0], chunks[1], chunks[2]
+
+
+def shard_shape(plan: BlockPlan, chunks: Triple) -> Triple:
+    """(z, y, x) of a shard: the fewest chunks that hold a block, so that no two blocks share one."""
+    z, y, x = (-(-size // chunk) * chunk for size, chunk in zip(plan.block_size, chunks, strict=True))
+    return z, y, x
+
+
+def _grid(array: zarr.Array[Any]) -> list[int]:
+    """Files of an array along each axis."""
+    return [-(-n // e) for n, e in zip(array.shape, array.shards or array.chunks, strict=True)]
 
 
 def _pyramid(shape: Triple, spacing_um: Sequence[float] | None) -> list[Triple]:

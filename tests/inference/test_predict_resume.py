@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from inference_toys import Logging, blank, tissue_seeds, tree_digest, voronoi
 
 import seg3d_monai
@@ -173,6 +174,55 @@ def test_kill_9_and_resume(tmp_path, whole):
         starts = journal.starts()
     assert len(starts) == NUM_BLOCKS
     assert sum(starts.values()) <= NUM_BLOCKS + 2 * num_workers
+
+
+KILLED_WHILE_WRITING = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from inference_toys import Logging, blank
+from seg3d_monai.inference import predict_volume
+
+left, replace = int(sys.argv[1]), Path.replace
+
+def replace_or_die(self, target):  # how zarr ends the writing of a file
+    global left
+    if "c" in Path(target).parts:
+        left -= 1
+        if left < 0:
+            os._exit(9)
+    return replace(self, target)
+
+truth = np.load("truth.npy")
+Path.replace = replace_or_die
+predict_volume(blank(truth.shape), Logging(truth, "log"), "x.zarr", (6, 18, 150), (2, 4, 3))
+"""
+
+
+@pytest.mark.parametrize("after", [5, NUM_BLOCKS])
+def test_a_file_that_was_being_written_leaves_nothing(tmp_path, whole, after):
+    """After all blocks it is a file of the coarser level."""
+    np.save(tmp_path / "truth.npy", TRUTH)
+    paths = [Path(__file__).parent, Path(seg3d_monai.__file__).parents[1]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths)}
+    command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(after)]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL).returncode == 9
+    assert list((tmp_path / "x.zarr.partial").rglob("*.partial"))
+    predict_volume(blank(SHAPE), Logging(TRUTH, tmp_path / "log"), tmp_path / "x.zarr", **GRID)
+    check_same(tmp_path, whole)
+
+
+def test_without_shards_there_is_a_file_for_each_chunk(tmp_path, whole):
+    predictor = Logging(TRUTH, tmp_path / "log")
+    done = predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", shards=False, **GRID)
+    assert done.table.read_bytes() == whole[1]
+    levels = zarr.open_group(done.output / "labels/instances", mode="r")
+    assert (levels["0"].chunks, levels["0"].shards) == ((6, 18, 75), None)
+    folder = "labels/instances/0/c"
+    assert len(list((done.output / folder).glob("*/*/*"))) == 2 * NUM_BLOCKS
+    assert len([name for name in whole[0] if name.startswith(folder)]) == NUM_BLOCKS
+    with pytest.raises(ValueError, match=r"finished with another plan \(output\.shards: False -> True\)"):
+        predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
 
 
 class Damaged(ArrayVolume):

@@ -190,6 +190,8 @@ def test_too_many_objects_for_uint16(tmp_path, monkeypatch):
         ({"dtype": "int64"}, ValueError, "dtype is 'int64'"),
         ({"table": "xlsx"}, ValueError, "table is 'xlsx'"),
         ({"ome_zarr_version": "0.3"}, ValueError, "ome_zarr_version is '0.3'"),
+        ({"ome_zarr_version": "0.4", "shards": True}, ValueError, "OME-Zarr 0.4 has none; pass ome_zarr_version 0.5"),
+        ({"shards": 4}, ValueError, "shards is 4; pass True, False or None"),
         ({"halo": 0}, ValueError, "halo is 0 along z"),
         ({"image": "missing.tif"}, FileNotFoundError, "missing.tif"),
     ],

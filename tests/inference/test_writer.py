@@ -1,5 +1,8 @@
 """The OME-Zarr that is written: metadata, pyramid, and validity by independent readers."""
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
 import numpy as np
 import ome_zarr_models.v04
 import ome_zarr_models.v05
@@ -11,14 +14,29 @@ from ome_zarr.io import parse_url
 from ome_zarr.reader import Reader
 
 from seg3d_monai.data.volume import ArrayVolume, open_volume
+from seg3d_monai.inference import writer as writer_module
 from seg3d_monai.inference.blocks import BlockPlan, roi_slices
 from seg3d_monai.inference.writer import LabelWriter, downsample_image, downsample_labels, is_own_output
 
 SHAPE = (5, 300, 270)
+BLOCK = (3, 128, 100)
+SMALL_CHUNK = (2, 70, 50)
+"""The largest chunk where a block is to hold several: they are (1, 64, 50)."""
 
 
-def write(folder, *, version="0.5", spacing_um=(2.0, 0.5, 0.5), dtype="uint32", image=None, shape=SHAPE, order=1):
-    plan = BlockPlan.make(shape=shape, block_size=(3, 128, 100), halo=(1, 4, 4))
+def write(
+    folder,
+    *,
+    version="0.5",
+    spacing_um=(2.0, 0.5, 0.5),
+    dtype="uint32",
+    image=None,
+    shape=SHAPE,
+    order=1,
+    shards=False,
+    num_threads=1,
+):
+    plan = BlockPlan.make(shape=shape, block_size=BLOCK, halo=(1, 4, 4))
     labels = np.arange(np.prod(shape)).reshape(shape) // 777
     writer = LabelWriter(
         folder,
@@ -27,27 +45,34 @@ def write(folder, *, version="0.5", spacing_um=(2.0, 0.5, 0.5), dtype="uint32", 
         spacing_um=spacing_um,
         version=version,
         facts={"provenance": {"bundle": "toy"}},
+        shards=shards,
         image=None if image is None else (image.shape[0], image.dtype),
     )
     writer.create()
-    for block in list(plan)[::order]:
+
+    def write_block(block):
         writer.write(block, labels[roi_slices(block.owned)])
         if image is not None:
             writer.copy(block, image.read(block.owned))
-    for name in writer.coarse_arrays():
-        for tile in list(range(writer.num_tiles(name)))[::order]:
-            writer.build_tile(name, tile)
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(write_block, list(plan)[::order]))
+        for name in writer.coarse_arrays():
+            tiles = list(range(writer.num_tiles(name)))[::order]
+            list(threads.map(writer.build_tile, [name] * len(tiles), tiles))
     assert not folder.exists()
     writer.publish()
     return labels
 
 
-@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize(("version", "shards"), [("0.4", False), ("0.5", False), ("0.5", True)])
 @pytest.mark.parametrize("with_image", [False, True])
-def test_valid_for_ome_zarr_models_and_the_ome_zarr_reader(tmp_path, version, with_image):
+def test_valid_for_ome_zarr_models_and_the_ome_zarr_reader(tmp_path, monkeypatch, version, shards, with_image):
+    if shards:
+        monkeypatch.setattr(writer_module, "_MAX_CHUNK", SMALL_CHUNK)
     folder = tmp_path / "x.zarr"
     image = ArrayVolume(np.random.default_rng(0).integers(0, 99, (2, *SHAPE), np.uint16)) if with_image else None
-    labels = write(folder, version=version, image=image)
+    labels = write(folder, version=version, image=image, shards=shards)
     assert [p.name for p in tmp_path.iterdir()] == ["x.zarr"]
     models = ome_zarr_models.v05 if version == "0.5" else ome_zarr_models.v04
     models.Labels.from_zarr(zarr.open_group(folder / "labels", mode="r"))
@@ -61,6 +86,7 @@ def test_valid_for_ome_zarr_models_and_the_ome_zarr_reader(tmp_path, version, wi
     assert [t[1].translation for t in transforms] == [[0, 0, 0], [0, 0.25, 0.25]]
     assert (group["0"][:] == labels).all()
     assert group["0"].dtype == np.uint32
+    assert group["0"].shards == (BLOCK if shards else None)
     assert group["1"].shape == (5, 150, 135)
     assert group["1"].metadata.zarr_format == (3 if version == "0.5" else 2)
     nodes = list(Reader(parse_url(folder / "labels" / "instances"))())
@@ -96,12 +122,64 @@ def test_unknown_spacing_has_no_unit(tmp_path):
     assert zarr.open_array(tmp_path / "x.zarr/labels/instances/1", mode="r").shape == (3, 150, 135)
 
 
-def test_same_bytes_in_another_order_and_place(tmp_path):
-    write(tmp_path / "a.zarr")
+@pytest.mark.parametrize("shards", [False, True])
+def test_same_bytes_in_another_order_and_place(tmp_path, monkeypatch, shards):
+    monkeypatch.setattr(writer_module, "_MAX_CHUNK", SMALL_CHUNK)
+    write(tmp_path / "a.zarr", shards=shards)
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    write(tmp_path / "deep" / "er" / "b.zarr", order=-1)
+    write(tmp_path / "deep" / "er" / "b.zarr", order=-1, num_threads=4, shards=shards)
     assert tree_digest(tmp_path / "a.zarr") == tree_digest(tmp_path / "deep" / "er" / "b.zarr")
     assert len(tree_digest(tmp_path / "a.zarr")) > 10
+
+
+def test_a_shard_holds_the_chunks_of_a_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "_MAX_CHUNK", SMALL_CHUNK)
+    image = ArrayVolume(np.random.default_rng(0).integers(1, 99, (2, *SHAPE), np.uint16))
+    write(tmp_path / "chunks.zarr", image=image)
+    write(tmp_path / "shards.zarr", image=image, shards=True)
+    groups = [zarr.open_group(tmp_path / f"{name}.zarr", mode="r") for name in ("chunks", "shards")]
+    # name, shard, files: blocks 2 x 3 x 3, then a level of (5, 150, 135), whose last shards are cut
+    expected = [
+        ("labels/instances/0", (3, 128, 100), 18),
+        ("labels/instances/1", (3, 128, 100), 8),
+        ("0", (1, 3, 128, 100), 36),
+        ("1", (1, 3, 128, 100), 16),
+    ]
+    for name, shard, num_files in expected:
+        chunked, sharded = (group[name] for group in groups)
+        assert chunked.shards is None
+        assert chunked.chunks == sharded.chunks
+        assert sharded.chunks[-3:] == (1, 64, 50)
+        assert sharded.shards == shard
+        assert (chunked[:] == sharded[:]).all()
+        files = [path for path in (tmp_path / "shards.zarr" / name / "c").rglob("*") if path.is_file()]
+        assert len(files) == num_files
+
+
+@pytest.mark.parametrize("roi", [None, (1, 30, 0, 9, 160, 77), (3, 0, 90, 6, 130, 110)])
+def test_no_two_blocks_write_one_file(monkeypatch, tmp_path, roi):
+    monkeypatch.setattr(writer_module, "_MAX_CHUNK", (2, 40, 40))
+    plan = BlockPlan.make(shape=(10, 170, 300), block_size=(3, 64, 84), halo=1, roi=roi, times=2)
+    for shards in (False, True):
+        writer = LabelWriter(
+            tmp_path / "x.zarr",
+            plan,
+            dtype="uint32",
+            spacing_um=None,
+            version="0.5",
+            facts={},
+            shards=shards,
+            is_series=True,
+        )
+        writer.create()
+        array = zarr.open_array(writer.partial, path="labels/instances/0", mode="r")
+        extent = (array.shards or array.chunks)[1:]
+        owner = {}
+        for block in plan:
+            low, high = block.owned[:3], block.owned[3:]
+            ranges = (range(a // e, -(-b // e)) for a, b, e in zip(low, high, extent, strict=True))
+            for file in product([block.time], *ranges):
+                assert owner.setdefault(file, block.index) == block.index
 
 
 def test_a_left_over_is_replaced_and_uint16_is_kept(tmp_path):
