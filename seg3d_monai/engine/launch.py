@@ -9,6 +9,7 @@ models nor data nor Ray.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import socket
@@ -16,13 +17,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from monai.bundle import ConfigParser
 from monai.bundle.utils import ID_SEP_KEY
 
-from seg3d_monai.engine.config import live_parser, live_workflow
+from seg3d_monai.engine.config import ENTRY_POINTS, live_parser, live_workflow
 
-__all__ = ["Launcher", "evaluate", "portable_config"]
+__all__ = ["Launcher", "evaluate", "join_processes", "portable_config"]
 
 _PATH_KEY = re.compile(r"(^|_)(dir|root|file|path|weights|checkpoint|db)s?$")
 
@@ -120,11 +122,14 @@ class Launcher:
             return
         from seg3d_monai.engine.ray_launch import run_group
 
-        workflow = live_workflow()
+        config = portable_config(parser.get())
+        if (workflow := live_workflow()) is not None:  # the workers know no other names
+            for given, name in ((workflow.init_id, "initialize"), (workflow.run_id, "run")):
+                config[name] = config.get(given, [])
+                if given not in ENTRY_POINTS:
+                    config.pop(given, None)
         run_group(
-            portable_config(parser.get()),
-            init_id="initialize" if workflow is None else workflow.init_id,
-            run_id="training" if workflow is None else workflow.run_id,
+            config,
             num_workers=self.train_workers,
             gpus_per_worker=self.gpus_per_worker,
             cpus_per_worker=self.cpus_per_worker,
@@ -132,6 +137,25 @@ class Launcher:
             max_failures=self.max_failures,
             resource_timeout_s=self.resource_timeout_s,
         )
+
+
+def join_processes() -> None:
+    """Join the processes that torchrun started with this one, through nccl where each has a GPU, else through gloo.
+
+    Without torchrun, or where they are joined already, nothing happens. Call it first in a bundle's `initialize` list.
+
+    Raises:
+        ValueError: if there are fewer GPUs on this machine than processes, but some.
+    """
+    if dist.is_initialized() or not dist.is_torchelastic_launched():
+        return
+    if torch.cuda.is_available():
+        local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= found:
+            raise ValueError(f"process {local} of this machine finds {found} GPUs; start as many processes as GPUs")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    atexit.register(dist.destroy_process_group)
 
 
 def evaluate(parser: ConfigParser, id: str) -> None:
@@ -160,7 +184,7 @@ def portable_config(config: Any, key: str = "") -> Any:
     """
     if isinstance(config, dict):
         return {
-            name: value if name.startswith("_") else portable_config(value, f"{key}#{name}" if key else name)
+            name: value if str(name).startswith("_") else portable_config(value, f"{key}#{name}" if key else str(name))
             for name, value in config.items()
         }
     if isinstance(config, list | tuple):
