@@ -1,7 +1,7 @@
 """From predicted blocks to a finished OUTPUT: stitch, paint, build levels, write TIFF and tables, rename.
 
-Every step goes on where a killed run left it, and OUTPUT appears under its name only when all of it is there. This file
-must not know the predictor or where the input lies.
+Every step goes on where a killed run left it, and OUTPUT appears under its name only when all of it is there. Of a
+finished run only what was lost is made again. This file must not know the predictor or where the input lies.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def publish(run: Run, paths: OutputPaths, facts: dict[str, Any]) -> int:
         is_series=facts["times"] is not None,
         image=(facts["shape"][0], facts["dtype"]) if output["copy_image"] else None,
     )
-    is_published = journal.fact("state") in (PUBLISHING, FINISHED) and paths.output.exists()
-    if writer.partial.exists() or not is_published:
+    # OUTPUT takes its name last: in these states the other results are there too, if nobody has removed them.
+    is_written = journal.fact("state") in (PUBLISHING, FINISHED)
+    if writer.partial.exists() or not (is_written and paths.output.exists()):
         if journal.fact("state") == STITCHING or not writer.partial.exists():
             # A kill while it is made must not look like one after.
             journal.forget({"state": STITCHING}, "painted", "tiles")
@@ -61,17 +62,19 @@ def publish(run: Run, paths: OutputPaths, facts: dict[str, Any]) -> int:
         if output["copy_image"]:
             run.copy_image(writer)
         run.build_levels(writer)
-    if paths.label_tiff is not None:
+    if paths.label_tiff is not None and not (is_written and paths.label_tiff.exists()):
         write_label_tiff(writer.path, paths.label_tiff, spacing_um=facts["spacing_um"], progress=run.progress)
-    totals = run.count(stitched)
-    for path in paths.tables:
-        tables = totals.tables(
-            scores=stitched.scores,
-            classes=stitched.classes,
-            spacing_um=facts["spacing_um"],
-            times=facts["times"],
-        )
-        write_table(tables, path)
+    missing = [path for path in paths.tables if not (is_written and path.exists())]
+    if missing:
+        totals = run.count(stitched)
+        for path in missing:
+            tables = totals.tables(
+                scores=stitched.scores,
+                classes=stitched.classes,
+                spacing_um=facts["spacing_um"],
+                times=facts["times"],
+            )
+            write_table(tables, path)
     journal.set_fact("num_objects", stitched.num_objects)
     journal.set_fact("state", PUBLISHING)
     if writer.partial.exists():

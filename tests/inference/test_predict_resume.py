@@ -117,15 +117,33 @@ def test_painted_blocks_and_tiles_are_not_made_again(tmp_path, whole, monkeypatc
     assert len(written) <= len(set(written)) + 3 * 2  # two calls may be in flight at a stop
 
 
-@pytest.mark.parametrize("lost", ["x.zarr", "x.instances.parquet"])
-def test_a_deleted_result_is_painted_again(tmp_path, whole, lost):
+RESULTS = ["x.zarr", "x.instances.parquet", "x.instances.csv", "x.labels.tif"]
+
+
+@pytest.mark.parametrize("lost", [[name] for name in RESULTS] + [RESULTS[1:3], RESULTS])
+def test_only_a_lost_result_is_made_again(tmp_path, lost):
+    def predict():
+        options = {"table": "parquet,csv", "label_tiff": True} | GRID
+        return predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **options)
+
+    def contents():
+        return {path: digest for path, digest in tree_digest(tmp_path).items() if path.startswith(tuple(RESULTS))}
+
+    def made():
+        """Which file each result is: one that is written again is another."""
+        return {name: ((tmp_path / name).stat().st_ino, (tmp_path / name).stat().st_mtime_ns) for name in RESULTS}
+
     predictor = Logging(TRUTH, tmp_path / "log")
-    predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
-    path = tmp_path / lost
-    path.rename(tmp_path / "elsewhere")
-    predict_volume(blank(SHAPE), predictor, tmp_path / "x.zarr", **GRID)
+    predict()
+    before, first = contents(), made()
+    (tmp_path / "elsewhere").mkdir()
+    for name in lost:
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    assert not predict().already_finished
+    assert contents() == before
+    assert [name for name, file in made().items() if file != first[name]] == lost
     assert len(predictor.calls()) == NUM_BLOCKS
-    check_same(tmp_path, whole)
+    assert predict().already_finished
 
 
 RUN = """
