@@ -129,7 +129,7 @@ class ConvNeXt(nn.Module):
         """Modules from the image up: the stem, then each block, a stage's first with what shrinks its input."""
         layers: list[list[nn.Module]] = [[self.stem]]
         for level, stage in self.stages.items():
-            first, *others = stage  # type: ignore[misc]
+            first, *others = stage.children()
             layers += [[self.shrink[level], first], *([block] for block in others)]
         return layers
 

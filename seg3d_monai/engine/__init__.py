@@ -2,22 +2,28 @@
 
 from seg3d_monai.engine.checkpoint import load_weights, read_spacing, start_from
 from seg3d_monai.engine.config import check_config, live_parser
-from seg3d_monai.engine.evaluator import FinalReport, VolumeEvaluator
-from seg3d_monai.engine.handlers import Checkpoints, CsvLog, Progress, Validation
+from seg3d_monai.engine.evaluator import EvaluatorEvents, FinalReport, VolumeEvaluator
+from seg3d_monai.engine.handlers import Checkpoints, CsvLog, EarlyStopping, Progress, Validation
 from seg3d_monai.engine.launch import Launcher
+from seg3d_monai.engine.nonfinite import NonFiniteLog
 from seg3d_monai.engine.optim import parameter_groups
 from seg3d_monai.engine.provenance import provenance
 from seg3d_monai.engine.record import record_run
 from seg3d_monai.engine.schedule import WarmupCosine, WarmupStableDecay
+from seg3d_monai.engine.tensorboard import TensorBoard
 from seg3d_monai.engine.trainer import InstanceTrainer, TrainerEvents
 
 __all__ = [
     "Checkpoints",
     "CsvLog",
+    "EarlyStopping",
+    "EvaluatorEvents",
     "FinalReport",
     "InstanceTrainer",
     "Launcher",
+    "NonFiniteLog",
     "Progress",
+    "TensorBoard",
     "TrainerEvents",
     "Validation",
     "VolumeEvaluator",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Events
+from ignite.engine import EventEnum, Events
 from monai.engines import Evaluator
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,9 +25,16 @@ from seg3d_monai.engine.replicas import rank
 from seg3d_monai.inference import predict_labels
 from seg3d_monai.metrics import InstanceMetrics
 
-__all__ = ["FinalReport", "VolumeEvaluator"]
+__all__ = ["EvaluatorEvents", "FinalReport", "VolumeEvaluator"]
 
 logger = logging.getLogger(__name__)
+
+
+class EvaluatorEvents(EventEnum):
+    """Events of VolumeEvaluator beside Ignite's own."""
+
+    PREDICTED = "predicted"
+    """A volume is predicted: until the handlers end, `state.truth` and `state.prediction` are its labels [Z, Y, X]."""
 
 
 class VolumeEvaluator(Evaluator):
@@ -56,7 +63,8 @@ class VolumeEvaluator(Evaluator):
         val_handlers: Sequence[Any] = (),
     ) -> None:
         loader: DataLoader = DataLoader(dataset, batch_size=None, collate_fn=_unchanged)  # type: ignore[arg-type]
-        super().__init__(device=torch.device("cpu"), val_data_loader=loader, decollate=False)
+        events: list[Any] = [EvaluatorEvents]
+        super().__init__(device=torch.device("cpu"), val_data_loader=loader, decollate=False, event_names=events)
         self.predictor = predictor
         self.block_size = block_size
         self.halo = halo
@@ -83,12 +91,17 @@ class VolumeEvaluator(Evaluator):
             raise ValueError(f"key_metric={name!r} is not computed; choose one of {', '.join(sorted(metrics))}")
         return metrics[name]
 
-    def _iteration(self, engine: VolumeEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
+    def _iteration(  # type: ignore[override]
+        self, engine: VolumeEvaluator, batchdata: dict[str, Any]
+    ) -> list[dict[str, Any]]:
         label = batchdata["label"]
         truth = label.read((0, 0, 0, *label.shape[1:]))[0]
         labels, table = predict_labels(batchdata["volume"], self.predictor, self.block_size, self.halo)
         self.instance_metrics.update(truth, np.asarray(labels))
-        return {"name": batchdata["name"], "instances": len(table)}
+        self.state.truth, self.state.prediction = truth, np.asarray(labels)
+        self.fire_event(EvaluatorEvents.PREDICTED)
+        self.state.truth = self.state.prediction = None  # volumes may be large
+        return [{"name": batchdata["name"], "instances": len(table)}]
 
     def _compute(self) -> None:
         report = self.instance_metrics.compute()

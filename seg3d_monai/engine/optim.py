@@ -61,11 +61,12 @@ def parameter_groups(
 
 def _layers_below_top(network: nn.Module) -> dict[int, int]:
     """Of each parameter (by id) in a backbone's layers, how many layers up it is to what is in none: >= 1."""
-    found = {}
+    found: dict[int, int] = {}
     for backbone in network.modules():
-        if not hasattr(backbone, "layers_by_depth"):
+        layers_by_depth = getattr(backbone, "layers_by_depth", None)
+        if layers_by_depth is None:
             continue
-        layers: list[list[nn.Module]] = backbone.layers_by_depth()
+        layers: list[list[nn.Module]] = layers_by_depth()
         for i, modules in enumerate(layers):
             found |= {id(parameter): len(layers) - i for module in modules for parameter in module.parameters()}
     return found

@@ -35,6 +35,7 @@ from seg3d_monai.inference.precision import autocast_dtype
 
 __all__ = ["InstanceTrainer", "TrainerEvents"]
 
+OTHERS_LOSS = "loss of another process"
 logger = logging.getLogger(__name__)
 
 
@@ -42,13 +43,17 @@ class TrainerEvents(EventEnum):
     """Events of InstanceTrainer beside Ignite's own."""
 
     VALIDATED = "validated"
+    NOT_FINITE = "not_finite"
+    """A batch or step is left out, or ends the training; `state.fault` is {"reason": text, "losses": {name: value}}."""
 
 
 class InstanceTrainer(SupervisedTrainer):
     """Train a network on batches {"image": float [N,C,D,H,W], "targets": list of dicts, "crop_id": list, ...}.
 
     The network is called as `inferer(image, network, targets)`, by default `network(image, targets)`, under autocast;
-    the criterion as `loss_function(outputs, targets)`, outside it. `state.output` is {"loss": total, each named loss}.
+    the criterion as `loss_function(outputs, targets)`, outside it. `state.output` is [{"loss": total, each named loss}]
+    (MONAI's handlers want such a list: `from_engine(["loss"], first=True)`), and `state.key_metrics` the key metric of
+    every validation so far.
     Where a step has several batches, in turn or in several processes, its gradient is the mean over batches. Then a
     criterion with a method `count(targets) -> {name: number}` gets the means of these numbers over the step's batches
     as third argument, so that sums are divided by what the whole step holds.
@@ -127,6 +132,7 @@ class InstanceTrainer(SupervisedTrainer):
         )
         self.state.seed = seed
         self.state.validated_iteration = 0
+        self.state.key_metrics = ()
         self.amp_type = autocast_dtype(amp, device)
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.replicas = Replicas(network, optimizer, self.grad_scaler)
@@ -161,6 +167,12 @@ class InstanceTrainer(SupervisedTrainer):
         """Share of the training that is done, in [0, 1]."""
         steps = self.state.iteration / (self.state.max_epochs * self.state.epoch_length)
         return min(1.0, max(steps, self.elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0))
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the training so far, those of earlier runs and those left out included."""
+        epochs, batches = divmod(self.state.iteration, self.state.epoch_length)
+        return epochs * -(-self.state.epoch_length // self.accumulation_steps) + batches // self.accumulation_steps
 
     @property
     def at_step(self) -> bool:
@@ -215,7 +227,7 @@ class InstanceTrainer(SupervisedTrainer):
 
     def checkpoint(self) -> dict[str, Any]:
         """Everything that a later run needs to go on with the same bits: plain tensors, numbers and strings."""
-        names = ("iteration", "epoch_length", "seed", "best_metric", "best_metric_epoch", "validated_iteration")
+        numbers = ("iteration", "epoch_length", "seed", "best_metric", "best_metric_epoch", "validated_iteration")
         return {
             "network": self.network.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -223,7 +235,7 @@ class InstanceTrainer(SupervisedTrainer):
             "optimizer": self.optimizer.state_dict(),
             "grad_scaler": self.grad_scaler.state_dict(),
             "elapsed": self.elapsed,
-            **{name: getattr(self.state, name) for name in names},
+            **{name: getattr(self.state, name) for name in (*numbers, "key_metrics")},
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
@@ -250,12 +262,13 @@ class InstanceTrainer(SupervisedTrainer):
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler"])
         for name in ("iteration", "best_metric", "best_metric_epoch", "validated_iteration"):
             setattr(self.state, name, checkpoint[name])
+        self.state.key_metrics = tuple(checkpoint.get("key_metrics", ()))
         self.state.epoch, self._loader.skip = divmod(self.state.iteration, length)
         self._elapsed_before = self._agreed_elapsed = checkpoint["elapsed"]
         if self.progress >= 1:
             self.terminate()
 
-    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, float]:
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> list[dict[str, float]]:  # type: ignore[override]
         self._seed_everything()
         if not self.network.training:
             self.network.train()
@@ -276,13 +289,13 @@ class InstanceTrainer(SupervisedTrainer):
                 batches = min(self.accumulation_steps, self.state.epoch_length - first)
                 self.replicas.backward(total / batches)
             else:
-                at_fault = f"loss {output}" if not math.isfinite(values[0]) else "loss of another process"
-                self._not_finite(at_fault, batchdata.get("crop_id"))
+                reason = f"loss {output}" if not math.isfinite(values[0]) else OTHERS_LOSS
+                self._not_finite(reason, batchdata.get("crop_id"), output)
                 if self.at_step and num_processes() > 1:  # gradients are exchanged in the last backward pass only
                     self.optimizer.zero_grad()
         if self.at_step:
-            self._step(batchdata.get("crop_id"))
-        return output
+            self._step(batchdata.get("crop_id"), output)
+        return [output]
 
     def _all_go_on(self, is_finite: bool) -> bool:
         """Whether the loss is finite in every process; agrees on the time and on signals too."""
@@ -292,19 +305,21 @@ class InstanceTrainer(SupervisedTrainer):
             self.stopped_by = signal.Signals(int(number))
         return not not_finite
 
-    def _step(self, crops: Any) -> None:
+    def _step(self, crops: Any, losses: dict[str, float]) -> None:
         norm = self.replicas.gradient_norm()
         if norm is None:  # every batch of the step was left out
             return
         if not (self.grad_scaler.is_enabled() or norm.isfinite()):
-            self._not_finite(f"gradient norm {norm.item()}", crops)
+            self._not_finite(f"gradient norm {norm.item()}", crops, losses)
             return
         self.replicas.step(norm, self.clip_norm)
         if self.ema is not None:
             self.ema.update()
 
-    def _not_finite(self, what: str, crops: Any) -> None:
-        message = f"epoch {self.state.epoch}, iteration {self.state.iteration}, crops {crops}: {what} is not finite"
+    def _not_finite(self, reason: str, crops: Any, losses: dict[str, float]) -> None:
+        self.state.fault = {"reason": reason, "losses": losses}
+        self.fire_event(TrainerEvents.NOT_FINITE)
+        message = f"epoch {self.state.epoch}, iteration {self.state.iteration}, crops {crops}: {reason} is not finite"
         if self.on_nonfinite == "stop":
             raise FloatingPointError(
                 f"{message}; look at these crops, lower the learning rate or set on_nonfinite='skip'"

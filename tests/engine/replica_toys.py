@@ -163,7 +163,7 @@ def train_toy(rank, size, batch_size, accumulation_steps):
     loader = CropsOfRank(num_crops=24, batch_size=batch_size, rank=rank, size=size)
     trainer = toy_trainer(loader, accumulation_steps=accumulation_steps, ema_decay=0.9)
     outputs = []
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: outputs.append(trainer.state.output["loss"]))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: outputs.append(trainer.state.output[0]["loss"]))
     trainer.run()
     return weights(trainer.network), weights(trainer.ema.module), outputs
 

@@ -28,7 +28,7 @@ def losses_of(trainer):
     losses = {}
 
     def remember():
-        losses[trainer.state.iteration] = dict(trainer.state.output)
+        losses[trainer.state.iteration] = dict(trainer.state.output[0])
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, remember)
     return losses

@@ -37,7 +37,7 @@ def test_counts_are_pooled_over_volumes():
     assert evaluator.state.metrics["f1_50"] == pytest.approx(2 / 3)
     assert evaluator.state.metrics["precision_50"] == 1.0
     assert evaluator.key_metric == 0.5
-    assert evaluator.state.output == {"name": "toy", "instances": 0}
+    assert evaluator.state.output == [{"name": "toy", "instances": 0}]
     assert evaluator.state.epoch == 7
     assert evaluator.progress == 1.0
 

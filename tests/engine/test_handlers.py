@@ -4,27 +4,10 @@ import csv
 
 import pytest
 import torch
-from engine_toys import ToyLoader, ToyPredictor, three_bars, toy_item
+from engine_toys import ToyLoader, ToyPredictor, evaluator_of, three_bars, toy_item
 from ignite.engine import Events
 
 from seg3d_monai.engine import Checkpoints, CsvLog, Progress, TrainerEvents, Validation, VolumeEvaluator, read_spacing
-
-
-class Scripted(ToyPredictor):
-    """Gets better or worse from validation to validation: what it finds is set by a list."""
-
-    def __init__(self, largest_each_time, look=lambda: None):
-        super().__init__()
-        self.script, self.look = list(largest_each_time), look
-
-    def __call__(self, block, roi):
-        self.largest = self.script.pop(0)
-        self.look()
-        return super().__call__(block, roi)
-
-
-def evaluator_of(*script, look=lambda: None, volumes=1):
-    return VolumeEvaluator(dataset=[toy_item(three_bars())] * volumes, predictor=Scripted(script, look))
 
 
 def rows_of(path):
@@ -117,7 +100,7 @@ def test_csv_rows(make_trainer, tmp_path):
     handlers = [CsvLog(output_dir=tmp_path, interval=2), Validation(validator=evaluator_of(3, 2))]
     trainer = make_trainer(max_epochs=2, train_handlers=handlers)
     outputs = []
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: outputs.append(trainer.state.output))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: outputs.append(trainer.state.output[0]))
     trainer.run()
     rows = rows_of(tmp_path / "train.csv")
     assert list(rows[0]) == ["epoch", "iteration", "elapsed_seconds", "lr", "loss", "first", "second"]
@@ -144,6 +127,18 @@ def test_csv_of_a_resumed_run_has_every_row_once(make_trainer, tmp_path):
         run(fail_at=9)  # saved after 6
     run()
     assert [int(row["iteration"]) for row in rows_of(tmp_path / "train.csv")] == list(range(1, 19))
+
+
+def test_half_a_row_of_a_killed_run_is_left_out(make_trainer, tmp_path):
+    def run(epochs):
+        handlers = [CsvLog(output_dir=tmp_path, interval=2), Checkpoints(output_dir=tmp_path)]
+        make_trainer(max_epochs=epochs, train_handlers=handlers).run()
+
+    run(1)
+    with (tmp_path / "train.csv").open("a", newline="") as file:
+        file.write("2,")
+    run(2)
+    assert [row["iteration"] for row in rows_of(tmp_path / "train.csv")] == ["2", "4", "6", "8"]
 
 
 def test_progress_lines_without_a_terminal(make_trainer, capsys):

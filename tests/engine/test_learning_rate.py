@@ -1,6 +1,7 @@
 """The warm-up-stable-decay schedule: values counted by hand, what does not depend on the length, what is refused."""
 
 import pytest
+import torch
 from ignite.engine import Events
 
 from seg3d_monai.engine import WarmupStableDecay
@@ -28,7 +29,7 @@ def test_without_warm_up_and_with_nothing_stable():
 def test_the_stable_part_does_not_know_the_length(make_trainer):
     def rates_of(epochs):
         schedule = WarmupStableDecay(warmup=1 / epochs, decay=1 / epochs)  # an epoch of 4 steps each
-        trainer = make_trainer(max_epochs=epochs, schedule=schedule, lr=2.0)
+        trainer = make_trainer(max_epochs=epochs, schedule=schedule, lr=2.0, optimizer=torch.optim.Adam)
         rates = []
         trainer.add_event_handler(
             Events.ITERATION_COMPLETED, lambda: rates.append(trainer.optimizer.param_groups[0]["lr"])

@@ -18,7 +18,7 @@ def weights_of(trainer):
 
 def record_outputs(trainer):
     outputs = []
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: outputs.append(dict(trainer.state.output)))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: outputs.append(dict(trainer.state.output[0])))
     return outputs
 
 

@@ -70,7 +70,7 @@ class Training:
     def step(self, batch: Batch) -> dict[str, float]:
         """The trainer's own iteration: gradients to zero, network, criterion, backward, clipping, optimizer, EMA."""
         self.trainer.state.iteration += 1
-        return self.trainer._iteration(self.trainer, batch)
+        return self.trainer._iteration(self.trainer, batch)[0]
 
     def record(self, batch: Batch) -> list[Call]:
         """The floor's calls of the step that `step` would take next: the same weights and draws, but no update."""
