@@ -4,11 +4,12 @@ from seg3d_monai.engine.checkpoint import load_weights, read_spacing, start_from
 from seg3d_monai.engine.config import check_config, live_parser
 from seg3d_monai.engine.evaluator import EvaluatorEvents, FinalReport, VolumeEvaluator
 from seg3d_monai.engine.handlers import Checkpoints, CsvLog, EarlyStopping, Progress, Validation
-from seg3d_monai.engine.launch import Launcher
+from seg3d_monai.engine.launch import Launcher, join_processes
 from seg3d_monai.engine.nonfinite import NonFiniteLog
 from seg3d_monai.engine.optim import parameter_groups
 from seg3d_monai.engine.provenance import provenance
 from seg3d_monai.engine.record import record_run
+from seg3d_monai.engine.replicas import num_processes, rank
 from seg3d_monai.engine.schedule import WarmupCosine, WarmupStableDecay
 from seg3d_monai.engine.tensorboard import TensorBoard
 from seg3d_monai.engine.trainer import InstanceTrainer, TrainerEvents
@@ -30,10 +31,13 @@ __all__ = [
     "WarmupCosine",
     "WarmupStableDecay",
     "check_config",
+    "join_processes",
     "live_parser",
     "load_weights",
+    "num_processes",
     "parameter_groups",
     "provenance",
+    "rank",
     "read_spacing",
     "record_run",
     "start_from",

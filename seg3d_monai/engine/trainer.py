@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ignite.engine import EventEnum, Events
@@ -28,10 +28,12 @@ from monai.engines import SupervisedTrainer
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
-from seg3d_monai.engine.allocator import keep_freed_memory
-from seg3d_monai.engine.average import WeightAverage
 from seg3d_monai.engine.replicas import Replicas, num_processes, rank, reduce_numbers
+from seg3d_monai.inference.freed_memory import keep_freed_memory
 from seg3d_monai.inference.precision import autocast_dtype
+
+if TYPE_CHECKING:
+    from seg3d_monai.engine.deepspeed import DeepSpeedReplicas
 
 __all__ = ["InstanceTrainer", "TrainerEvents"]
 
@@ -60,7 +62,7 @@ class InstanceTrainer(SupervisedTrainer):
 
     Args:
         device: where the network is; batches are moved there. On the CPU the process keeps memory that it frees, see
-            allocator.py.
+            inference/freed_memory.py.
         max_epochs: epochs planned, > 0; with max_minutes, the most.
         train_data_loader: iterable with a length, the same in every process; `set_epoch(epoch)` is called first if it
             has one.
@@ -75,12 +77,14 @@ class InstanceTrainer(SupervisedTrainer):
         schedule: progress in [0, 1] -> factor of the learning rates; None keeps them.
         max_minutes: wall-clock minutes, validation included, summed over resumed runs; None counts steps only.
         ema_decay: decay a step, in (0, 1), of the averaged weights that are evaluated and shipped; None does without.
+        deepspeed: settings of DeepSpeed (its JSON), which then trains the network; see deepspeed.py. None does without.
         seed: start of every random draw.
         train_handlers: objects with `attach(engine)`.
         clock: seconds that only grow; for tests.
 
     Raises:
         ValueError: if an argument is out of its range, or the loader is empty or has no length.
+        ImportError: if there are settings of DeepSpeed and it is not installed.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class InstanceTrainer(SupervisedTrainer):
         schedule: Callable[[float], float] | None = None,
         max_minutes: float | None = None,
         ema_decay: float | None = None,
+        deepspeed: dict[str, Any] | None = None,
         seed: int = 0,
         train_handlers: Sequence[Any] = (),
         clock: Callable[[], float] = time.monotonic,
@@ -134,13 +139,21 @@ class InstanceTrainer(SupervisedTrainer):
         self.state.validated_iteration = 0
         self.state.key_metrics = ()
         self.amp_type = autocast_dtype(amp, device)
-        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-        self.replicas = Replicas(network, optimizer, self.grad_scaler)
+        self.replicas: Replicas | DeepSpeedReplicas
+        if deepspeed is None:
+            scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+            self.replicas = Replicas(network, optimizer, scaler)
+        else:
+            from seg3d_monai.engine.deepspeed import DeepSpeedReplicas, fill_settings
+
+            batch_size = getattr(train_data_loader, "batch_size", None)
+            filled = fill_settings(deepspeed, self.amp_type, accumulation_steps, clip_norm, batch_size)
+            self.replicas = DeepSpeedReplicas(network, optimizer, filled, device, self.amp_type)
         self.clip_norm = clip_norm
         self.on_nonfinite = on_nonfinite
         self.schedule = schedule
         self.max_minutes = max_minutes
-        self.ema = WeightAverage(network, ema_decay) if ema_decay else None
+        self.ema = self.replicas.average(ema_decay) if ema_decay else None
         self.stopped_by: signal.Signals | None = None
         self._signalled = 0
         self._is_running = False
@@ -215,25 +228,27 @@ class InstanceTrainer(SupervisedTrainer):
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[dict[str, Tensor]]:
-        """Give the network the averaged weights, if any, and eval mode, within a `with`; yields its state dict."""
+        """Give the network the averaged weights, if any, and eval mode, within a `with`; yields its state dict.
+
+        Every process calls it: under DeepSpeed each holds a part of the weights.
+        """
         training = self.network.training
         self.network.eval()
         try:
-            self._swap_average()
-            yield self.network.state_dict()
+            with self.replicas.evaluated(self.ema):  # type: ignore[arg-type]
+                yield self.network.state_dict()
         finally:
-            self._swap_average()
             self.network.train(training)
 
     def checkpoint(self) -> dict[str, Any]:
-        """Everything that a later run needs to go on with the same bits: plain tensors, numbers and strings."""
+        """Everything that a later run needs to go on with the same bits: plain tensors, numbers and strings.
+
+        Every process calls it; under DeepSpeed only the first one gets the tensors.
+        """
         numbers = ("iteration", "epoch_length", "seed", "best_metric", "best_metric_epoch", "validated_iteration")
         return {
-            "network": self.network.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            **self.replicas.state(self.ema),  # type: ignore[arg-type]
             "ema_steps": 0 if self.ema is None else self.ema.steps,
-            "optimizer": self.optimizer.state_dict(),
-            "grad_scaler": self.grad_scaler.state_dict(),
             "elapsed": self.elapsed,
             **{name: getattr(self.state, name) for name in (*numbers, "key_metrics")},
         }
@@ -251,15 +266,11 @@ class InstanceTrainer(SupervisedTrainer):
         if (checkpoint["ema"] is None) != (self.ema is None):
             raise ValueError(f"the checkpoint was made {'without' if self.ema else 'with'} ema_decay; {mend}")
         try:
-            self.network.load_state_dict(checkpoint["network"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.replicas.load(checkpoint, self.ema)  # type: ignore[arg-type]
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"the checkpoint is of another network or optimizer ({error}); {mend}") from error
         if self.ema is not None:
-            self.ema.module.load_state_dict(checkpoint["ema"])
             self.ema.steps = checkpoint["ema_steps"]
-        if checkpoint["grad_scaler"]:
-            self.grad_scaler.load_state_dict(checkpoint["grad_scaler"])
         for name in ("iteration", "best_metric", "best_metric_epoch", "validated_iteration"):
             setattr(self.state, name, checkpoint[name])
         self.state.key_metrics = tuple(checkpoint.get("key_metrics", ()))
@@ -291,8 +302,7 @@ class InstanceTrainer(SupervisedTrainer):
             else:
                 reason = f"loss {output}" if not math.isfinite(values[0]) else OTHERS_LOSS
                 self._not_finite(reason, batchdata.get("crop_id"), output)
-                if self.at_step and num_processes() > 1:  # gradients are exchanged in the last backward pass only
-                    self.optimizer.zero_grad()
+                self.replicas.leave_out(total, is_last=self.at_step)
         if self.at_step:
             self._step(batchdata.get("crop_id"), output)
         return [output]
@@ -306,13 +316,12 @@ class InstanceTrainer(SupervisedTrainer):
         return not not_finite
 
     def _step(self, crops: Any, losses: dict[str, float]) -> None:
-        norm = self.replicas.gradient_norm()
+        norm = self.replicas.step(self.clip_norm)
         if norm is None:  # every batch of the step was left out
             return
-        if not (self.grad_scaler.is_enabled() or norm.isfinite()):
+        if not (self.replicas.is_scaled or norm.isfinite()):
             self._not_finite(f"gradient norm {norm.item()}", crops, losses)
             return
-        self.replicas.step(norm, self.clip_norm)
         if self.ema is not None:
             self.ema.update()
 
@@ -338,14 +347,6 @@ class InstanceTrainer(SupervisedTrainer):
         factor = 1.0 if self.schedule is None else self.schedule(self.progress)
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor
-
-    @torch.no_grad()
-    def _swap_average(self) -> None:
-        if self.ema is not None:
-            for mine, average in zip(self.network.parameters(), self.ema.module.parameters(), strict=True):
-                kept = mine.clone()
-                mine.copy_(average)
-                average.copy_(kept)
 
     def _stop_if_due(self) -> None:
         planned = self.state.max_epochs * self.state.epoch_length

@@ -2,7 +2,7 @@
 
 glibc takes a large array from the system, which gets it back when it is freed, and a smaller one from the heap of the
 thread that asks. What is freed there stays with that thread, up to 64 MB of it, and as arrays come and go "smaller"
-soon means up to 32 MB.
+soon means up to 32 MB. A whole-stack run wants more given back, a training step less.
 """
 
 import ctypes
@@ -10,8 +10,8 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of glibc's malloc.h."""
-LARGEST_KEPT = 4 * 2**20
-"""Bytes; small beside a block of voxels."""
+SMALL, LARGEST = 4 * 2**20, 32 * 2**20
+"""Bytes: what is small beside a block of voxels; the highest limit that glibc takes on 64 bits."""
 
 
 def give_back_at_once() -> bool:
@@ -23,10 +23,19 @@ def give_back_at_once() -> bool:
     Returns:
         Whether the C library could be told.
     """
-    libc = _glibc()
-    if libc is None:
-        return False
-    return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and libc.mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT))
+    return _set_limits(SMALL, SMALL)
+
+
+def keep_freed_memory() -> bool:
+    """Keep freed arrays of up to 32 MB, in this process from now on; the peak of memory stays what it is.
+
+    For training: a step on the CPU frees and asks for the same gigabytes again and again, and the system clears every
+    page of them anew.
+
+    Returns:
+        Whether the C library could be told.
+    """
+    return _set_limits(LARGEST, 2**31 - 1)
 
 
 def give_back() -> None:
@@ -34,6 +43,12 @@ def give_back() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def _set_limits(from_heap: int, kept: int) -> bool:
+    """From which size arrays come from the system, and how much a heap keeps, bytes."""
+    libc = _glibc()
+    return libc is not None and bool(libc.mallopt(M_MMAP_THRESHOLD, from_heap) and libc.mallopt(M_TRIM_THRESHOLD, kept))
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -26,6 +26,8 @@ from seg3d_monai.inference.table import ObjectCounts
 
 FORMAT = 3
 PREDICTING, STITCHING, PAINTING, PUBLISHING, FINISHED = "predicting", "stitching", "painting", "publishing", "finished"
+THRESHOLDS = ("score_threshold", "min_volume")
+"""Entries of a plan that act when the journal is read: other ones need no new prediction."""
 STARTED, DONE, EMPTY, UNREADABLE = "started", "done", "empty", "unreadable"
 
 _SCHEMA = """
@@ -256,6 +258,12 @@ class Journal:
                 self.set_fact(name, value)
             for table in tables:
                 self._db.execute(f"DELETE FROM {table}")
+
+    def change_thresholds(self, plan: dict[str, Any]) -> None:
+        """Store a plan that differs from the stored one in `THRESHOLDS` only, and forget what followed from these."""
+        lost = ["census", "links"] if plan["score_threshold"] != self.fact("plan")["score_threshold"] else []
+        state = PREDICTING if self.fact("state") == PREDICTING else STITCHING
+        self.forget({"plan": plan, "state": state}, *lost, "painted", "tiles")
 
     def blocks_in_state(self, *states: str) -> set[int]:
         """Blocks that are in one of some states."""

@@ -135,8 +135,9 @@ def predict_volume(
     """Segment a whole stack block by block into an OME-Zarr and an object table.
 
     Beside OUTPUT `X.zarr` it writes `X.instances.parquet` (or .csv) and the journal `X.journal.sqlite`. Called again
-    with the same arguments an unfinished run goes on, and a finished one returns at once. SIGTERM ends it after the
-    blocks in hand (`Terminated`, exit code 143).
+    with the same arguments an unfinished run goes on, and a finished one returns at once; with another
+    `score_threshold` or `min_volume` alone, what was predicted is painted again. SIGTERM ends it after the blocks in
+    hand (`Terminated`, exit code 143).
 
     Args:
         image: path of a stack, a volume, or an array [Z, Y, X] or [C, Z, Y, X].
@@ -249,7 +250,8 @@ def predict_volume(
         warnings.warn(
             "the voxel spacing is unknown: sizes in micrometer are null; pass spacing (z, y, x) to set it", stacklevel=2
         )
-    if stored is not None and not is_repaired and stored["state"] == FINISHED and paths.are_complete():
+    is_same = stored is not None and not is_repaired and stored["plan"] == facts
+    if stored is not None and is_same and stored["state"] == FINISHED and paths.are_complete():
         _log.info("%s is finished; nothing to do", output)
         return Prediction(
             output,
@@ -277,6 +279,10 @@ def predict_volume(
         elif is_repaired:
             _log.warning("the input was repaired since a block could not be read; going on with the other blocks")
             journal.forget({"input": input_identity, "state": PREDICTING}, "painted", "tiles")
+        if stored is not None and stored["plan"] != facts:
+            difference = describe_difference(stored["plan"], facts)
+            _log.info("%s had other thresholds (%s); going on with these from the journal", output, difference)
+            journal.change_thresholds(facts)
         is_predicted = journal.fact("state") != PREDICTING or len(journal.finished()) == len(plan)
         predictors = [no_predictor] * len(volumes) if is_predicted else _bound(predictor, volumes, journal)
         make_worker = partial(BlockWorker, plan, volumes, predictors, score_threshold)
@@ -300,6 +306,8 @@ def predict_volume(
                 if difference is not None:
                     raise ValueError(f"the input changed while it was predicted ({difference}); pass --restart")
                 journal.set_fact("state", STITCHING)
+            else:
+                run.link()  # if that was left undone after a change of thresholds
             num_objects = publish(run, paths, facts)
             holes = tuple(journal.unreadable().values())
     return Prediction(

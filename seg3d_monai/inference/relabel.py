@@ -12,7 +12,7 @@ from typing import Any
 
 from seg3d_monai.data.volume import open_volume
 from seg3d_monai.inference.blocks import BlockPlan
-from seg3d_monai.inference.journal import PREDICTING, STITCHING, Journal
+from seg3d_monai.inference.journal import PREDICTING, Journal
 from seg3d_monai.inference.predict import Prediction
 from seg3d_monai.inference.publish import publish
 from seg3d_monai.inference.resume import OutputPaths
@@ -65,8 +65,7 @@ def relabel_volume(
             new["min_volume"] = min_volume
         paths = OutputPaths.of(Path(output), facts["output"]["table"], facts["output"]["label_tiff"])
         if new != facts:
-            lost = ["census", "links"] if new["score_threshold"] != facts["score_threshold"] else []
-            journal.forget({"plan": new, "state": STITCHING}, *lost, "painted", "tiles")
+            journal.change_thresholds(new)
         times = facts["times"] or [0]
         volumes: list[Any] = [None] * len(times)
         if facts["output"]["copy_image"]:

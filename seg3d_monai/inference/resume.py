@@ -19,6 +19,7 @@ from seg3d_monai.inference.journal import (
     DONE,
     FINISHED,
     PREDICTING,
+    THRESHOLDS,
     UNREADABLE,
     Journal,
     JournalInUseError,
@@ -130,6 +131,8 @@ def input_was_repaired(
 ) -> bool:
     """Whether the input was repaired since some of its blocks could not be read.
 
+    A plan that differs in `THRESHOLDS` only is the same run: `Journal.change_thresholds` lets it go on.
+
     Args:
         stored: what `read_stored_run` returned.
         facts: the plan that is asked for now.
@@ -141,16 +144,24 @@ def input_was_repaired(
     Raises:
         ValueError: if the plan or the input differs in any other way.
     """
-    begun = "finished" if stored["state"] == FINISHED else "begun"
-    difference = describe_difference(stored["plan"], facts)
-    if difference is None:
+    begun, mend = "finished" if stored["state"] == FINISHED else "begun", "pass --restart to start anew"
+    if describe_difference(_without_thresholds(stored["plan"]), _without_thresholds(facts)) is not None:
+        difference = describe_difference(stored["plan"], facts)
+        name = str(difference).partition(":")[0].rpartition(".")[2]
+        if name in THRESHOLDS and stored["state"] != PREDICTING:
+            mend = f"`seg3d relabel {output} --{name} VALUE` changes that without predicting; {mend}"
+    else:
         difference = describe_difference(stored["input"], input_identity, "input.")
         if stored["holes"] and difference is not None:
             return True
         if difference is None:
             # The identity is of a sample: a repaired chunk elsewhere shows only when it is read.
             return stored["state"] != PREDICTING and any(_is_readable(plan[b], volumes) for b in stored["holes"])
-    raise ValueError(f"{output} was {begun} with another plan ({difference}); pass --restart to start anew")
+    raise ValueError(f"{output} was {begun} with another plan ({difference}); {mend}")
+
+
+def _without_thresholds(plan: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in plan.items() if name not in THRESHOLDS}
 
 
 def _is_readable(block: Block, volumes: Sequence[Any]) -> bool:

@@ -36,7 +36,7 @@ class DeformableAttention3d(nn.Module):
         self.num_heads = num_heads
         self.num_points = num_points
         samples = num_heads * num_levels * num_points
-        self.offsets = nn.Linear(channels, samples * 3)
+        self.offsets = ScaledLinear(channels, samples * 3)
         self.weights = nn.Linear(channels, samples)
         self.value = nn.Linear(channels, channels)
         self.output = nn.Linear(channels, channels)
@@ -119,10 +119,8 @@ class DeformableAttention3d(nn.Module):
         shape = (self.num_heads, self.num_levels, self.num_points, 3)
         if references.shape[-1] == 3:
             centre = references
-            # Scaled weights give scaled offsets: there are far fewer weights than offsets.
             scale = per_cell[:, None].expand(shape).reshape(-1).to(queries.dtype)
-            offsets = F.linear(queries, self.offsets.weight * scale[:, None], self.offsets.bias * scale)
-            offsets = offsets.to(references.dtype).unflatten(-1, shape)
+            offsets = self.offsets(queries, scale).to(references.dtype).unflatten(-1, shape)
         else:
             lower, upper = references.split(3, -1)
             centre = (lower + upper) / 2
@@ -132,6 +130,17 @@ class DeformableAttention3d(nn.Module):
         # One row for all heads, as long as memory runs: adding triples one by one takes three times as long.
         centres = (centre[:, :, None] * per_voxel)[:, :, None, :, None].expand(-1, -1, 1, *shape[1:])
         return (offsets.flatten(3) + centres.flatten(3)).view(offsets.shape)
+
+
+class ScaledLinear(nn.Linear):
+    """nn.Linear whose results may be scaled, one by one; weights are read here only, where ZeRO 3 has gathered them."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """[..., C] and a scale [O] -> [..., O]."""
+        if scale is None:
+            return super().forward(x)
+        # Scaled weights give scaled results: there are far fewer weights than results.
+        return F.linear(x, self.weight * scale[:, None], self.bias * scale)
 
 
 def _softmax(logits: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Toys that are trained by several processes: a loader of uneven crops, a criterion that counts, and how to start."""
 
 import traceback
+from datetime import timedelta
 
 import ignite.distributed as idist
 import torch
@@ -136,7 +137,8 @@ def gradients(trainer):
 def in_processes(size, calls, folder):
     """What each call `(function, *arguments)` returns, or raises, in each of `size` processes.
 
-    The functions are called as `function(rank, size, *arguments)`, one call after the other, with torch.distributed.
+    The functions are called as `function(rank, size, *arguments)`, one call after the other, with torch.distributed. A
+    process that waits for another one for a minute raises.
     """
     mp.spawn(_process, (size, calls, str(folder)), size)
     of_ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
@@ -145,7 +147,8 @@ def in_processes(size, calls, folder):
 
 def _process(rank, size, calls, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    meeting = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     assert idist.get_world_size() == size
     results = []
     for function, *arguments in calls:

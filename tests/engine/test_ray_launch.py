@@ -309,27 +309,24 @@ def test_from_the_shell_a_group_outlives_a_worker_and_saves_at_sigterm(tmp_path)
     folder = tmp_path / "run" / "toy"
     folder.mkdir(parents=True)
     (folder / "last.pt").write_text("[70, 1000.0]")  # of another run, which this one does not resume
-    accident = {"rank": 1, "step": 4, "what": "kill"}
     options = {"output_dir": "run/toy", "train_workers": 2, "steps": 4000, "seconds": 0.05, "max_failures": 1}
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(files)),
-            *(word for key, value in options.items() for word in (f"--{key}", str(value))),
-            *("--accident", json.dumps(accident)),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_until(
-        lambda: process.poll() is not None or (len(lives(folder, 1)) == 2 and notes(folder, 1)[-1].step > 6),
-    )
-    below = descendants(process.pid)
-    process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=WAIT)
+    command = [
+        *(sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(files)),
+        *(word for key, value in options.items() for word in (f"--{key}", str(value))),
+        *("--accident", json.dumps({"rank": 1, "step": 4, "what": "kill"})),
+    ]
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            wait_until(
+                lambda: process.poll() is not None or (len(lives(folder, 1)) == 2 and notes(folder, 1)[-1].step > 6)
+            )
+            below = descendants(process.pid)
+            process.send_signal(signal.SIGTERM)
+            out, errors = process.communicate(timeout=WAIT)
+        finally:
+            process.kill()
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert len(below) >= 5  # two workers and what Ray itself runs
     assert "worker 1 was lost (" in errors

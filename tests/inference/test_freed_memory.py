@@ -1,4 +1,4 @@
-"""What threads keep of freed memory, seen in fresh processes."""
+"""What the C library does with freed memory, seen in fresh processes."""
 
 import os
 import platform
@@ -59,7 +59,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its own rules")
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its own rules")
+
+
+@needs_glibc
 @pytest.mark.parametrize(("num_workers", "least", "most"), [(0, 3, 4.5), (1, -1, 0.5), (2, -1, 0.5)])
 def test_no_thread_of_a_run_keeps_what_it_frees(tmp_path, num_workers, least, most):
     """Without a run each thread does: else nothing would have to be done."""
@@ -72,7 +75,39 @@ def test_no_thread_of_a_run_keeps_what_it_frees(tmp_path, num_workers, least, mo
     assert least < float((tmp_path / "kept").read_text()) < most
 
 
+COUNT_FAULTS = """
+import resource, sys
+import torch
+from seg3d_monai.inference import freed_memory
+
+if sys.argv[1] != "nothing":
+    assert getattr(freed_memory, sys.argv[1])()
+page, size = resource.getpagesize(), 20 * 2**20
+
+def allocate_and_free():
+    return [torch.zeros(size, dtype=torch.uint8) for _ in range(3)]
+
+for _ in range(3):
+    allocate_and_free()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    allocate_and_free()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * page / (30 * size))
+"""
+
+
+@needs_glibc
+def test_a_training_uses_freed_memory_again():
+    shares = {}
+    for rule in ("keep_freed_memory", "give_back_at_once", "nothing"):
+        done = subprocess.run([sys.executable, "-c", COUNT_FAULTS, rule], capture_output=True, text=True, check=True)
+        shares[rule] = float(done.stdout)
+    assert shares["keep_freed_memory"] < 0.05
+    assert shares["keep_freed_memory"] <= shares["nothing"] <= shares["give_back_at_once"]
+
+
 def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     assert not freed_memory.give_back_at_once()
+    assert not freed_memory.keep_freed_memory()
     freed_memory.give_back()

@@ -67,7 +67,6 @@ def test_another_plan_is_refused_and_restart_starts_anew(tmp_path):
         ({"halo": (2, 4, 4)}, r"halo: \[2, 4, 3\] -> \[2, 4, 4\]"),
         ({"dtype": "uint16"}, "output.dtype"),
         ({"identity": {"name": "newer"}}, "predictor.name: 'logging' -> 'newer'"),
-        ({"score_threshold": 0.5}, "score_threshold"),
     ]:
         with pytest.raises(ValueError, match=named + ".*--restart"):
             predict_volume(blank(SHAPE), predictor, output, **(GRID | change))
