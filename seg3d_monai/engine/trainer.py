@@ -110,12 +110,13 @@ class InstanceTrainer(SupervisedTrainer):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         device = torch.device(device)
-        _require(max_epochs > 0, "max_epochs", max_epochs, "an integer > 0")
-        _require(accumulation_steps > 0, "accumulation_steps", accumulation_steps, "an integer > 0")
-        _require(clip_norm is None or clip_norm > 0, "clip_norm", clip_norm, "a number > 0, or null")
+        _require(_is_positive(max_epochs, int), "max_epochs", max_epochs, "an integer > 0")
+        _require(_is_positive(accumulation_steps, int), "accumulation_steps", accumulation_steps, "an integer > 0")
+        _require(clip_norm is None or _is_positive(clip_norm), "clip_norm", clip_norm, "a number > 0, or None")
         _require(on_nonfinite in ("stop", "skip"), "on_nonfinite", on_nonfinite, "'stop' or 'skip'")
-        _require(max_minutes is None or max_minutes > 0, "max_minutes", max_minutes, "a number > 0, or null")
-        _require(ema_decay is None or 0 < ema_decay < 1, "ema_decay", ema_decay, "a number in (0, 1), or null")
+        _require(max_minutes is None or _is_positive(max_minutes), "max_minutes", max_minutes, "a number > 0, or None")
+        in_range = ema_decay is None or (_is_positive(ema_decay) and ema_decay < 1)
+        _require(in_range, "ema_decay", ema_decay, "a number in (0, 1), or None")
         if device.type == "cpu":
             keep_freed_memory()
         count = getattr(loss_function, "count", None)
@@ -403,6 +404,9 @@ class _StepLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         skip, self.skip = self.skip, 0
+        if skip and hasattr(self.loader, "skip"):
+            self.loader.skip(skip)  # it need not read them
+            skip = 0
         batches = islice(self.loader, skip, None)
         if self._count is None or self._accumulation_steps * num_processes() == 1:
             return batches
@@ -421,6 +425,11 @@ class _StepLoader:
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
+
+
+def _is_positive(value: Any, kind: type = float) -> bool:
+    """Whether a value is a number > 0; in a shell "null" would be a word."""
+    return isinstance(value, (int, kind)) and value > 0
 
 
 def _require(condition: bool, name: str, value: Any, mend: str) -> None:

@@ -237,6 +237,8 @@ def test_random_draws_follow_seed_epoch_and_iteration(make_trainer):
         {"clip_norm": 0.0},
         {"on_nonfinite": "ignore"},
         {"max_minutes": 0.0},
+        {"max_minutes": "null"},
+        {"max_epochs": 2.5},
         {"ema_decay": 1.0},
         {"train_data_loader": []},
     ],
