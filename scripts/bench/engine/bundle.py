@@ -1,0 +1,58 @@
+"""The shipped Mask R-CNN, its data, and what every section is told."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from bench.models.steps import QUICK_SPECIMEN
+from bench.models.training import read_config
+from seg3d_monai.data.synthetic import write_specimen
+from seg3d_monai.engine import rank
+
+MODEL = "maskrcnn3d"
+LONG_MINUTES = 1e6
+"""max_minutes of a run whose schedule is to follow its steps, not the clock: so two runs have the same losses."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        folder: for the files of runs, an absolute path.
+        data: manifest of the built-in synthetic specimen.
+        threads: CPU threads of torch, where a section does not say otherwise.
+        is_quick: tiny sizes, whose numbers mean nothing.
+    """
+
+    folder: Path
+    data: Path
+    threads: int
+    is_quick: bool
+
+
+def write_data(folder: Path, is_quick: bool) -> Path:
+    """Write the specimen that all sections train on; returns its manifest."""
+    return write_specimen(folder / "specimen", **(QUICK_SPECIMEN if is_quick else {"test_shape": (64, 160, 160)}))
+
+
+def read_bundle(
+    options: Options, run: str, *, overlays: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> ConfigParser:
+    """train.json of the bundle without its validation, overlays over it, then changed ids.
+
+    Args:
+        options: of the benchmark.
+        run: name of the run's folder, which each process has for itself: there is no launcher to let them wait.
+        overlays: names of files in configs/overlays.
+        changes: values by id.
+    """
+    fixed = {"dataset_dir": str(options.data), "output_dir": str(options.folder / run / str(rank())), "device": "cpu"}
+    parser = read_config(MODEL, overlays, fixed | dict(changes or {}), options.is_quick)
+    handlers = parser["train#handlers"]
+    parser["train#handlers"] = [x for x in handlers if x["_target_"] != "seg3d_monai.engine.Validation"]
+    parser.parse(True)
+    return parser
