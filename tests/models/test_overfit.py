@@ -12,7 +12,7 @@ from seg3d_monai.metrics import InstanceMetrics
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 COUNTS = (2, 12, 30, 60)
-STEPS = {"mask2former3d": 300, "maskdino3d": 400, "maskrcnn3d": 400}
+STEPS = {"mask2former3d": 600, "maskdino3d": 400, "maskrcnn3d": 400}
 CHECK_EVERY = 50
 
 
