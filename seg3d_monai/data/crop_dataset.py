@@ -2,18 +2,20 @@
 
 An item of `CropDataset` is a function of (seed, epoch, position) and of the files, never of a worker's running state:
 a draw from the index, the region's voxels, the transform with its own seed, then targets derived from what the
-transform left.
+transform left. What nobody annotated, what the volume's edge or the crop cut to slivers and what is too small to be an
+object is ignore, not background: a network is not punished for what it may have seen rightly.
 
 Must not know: SQL, models, losses.
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from seg3d_monai.data.crop_index import CropIndex, VolumeRecord
 from seg3d_monai.data.crop_sampling import Balance, CropDraw, CropSampler, Roi
@@ -24,6 +26,7 @@ from seg3d_monai.data.volume_cache import VolumeCache
 
 _log = logging.getLogger(__name__)
 
+CACHE_BYTES, WORKER_CACHE_BYTES = 1 << 30, 1 << 27
 Transform = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
@@ -53,9 +56,9 @@ class CropDataset(Dataset[CropSample]):
         crop_size: extent of the crops, (z, y, x) voxels; the index's by default.
         where: filter expression over the columns of the index, such as ``quality_image >= 2``.
         split: "train", "val", "test" or None for all.
-        transform: callable on {"image": float32 [C, D, H, W], "label": int32 [1, D, H, W]}, such as
-            `train_transforms()`; labels are 0 background, -1 ignore, else compact ids from 1, which it must keep. One
-            with `set_random_state` is seeded per sample.
+        transform: callable on {"image": float32 [C, D, H, W], "label": int32 [1, D, H, W]}, and "spacing_um", float64
+            [3], where it is known, such as `train_transforms()`; labels are 0 background, -1 ignore, else compact ids
+            from 1, which it must keep. One with `set_random_state` is seeded per sample.
         seed: of every draw.
         foreground_prob: probability of a draw by an instance rather than by position, 0 to 1.
         balance: what is equally likely: each "volume", "specimen", "crop" or "instance"; see `CropSampler`.
@@ -64,7 +67,7 @@ class CropDataset(Dataset[CropSample]):
         min_voxels: visible voxels below which a cut instance becomes ignore; the index's by default.
         min_visible: visible fraction below which a cut instance becomes ignore, 0 to 1.
         min_object_voxels: whole voxels below which an instance becomes ignore, such as debris.
-        cache_bytes: bytes of decoded volumes each process keeps.
+        cache_bytes: bytes of decoded chunks that a process keeps; None keeps 1 GiB, and 128 MiB in a loader's worker.
 
     Raises:
         ValueError: for arguments out of range, an unknown column, and when no crop matches.
@@ -86,7 +89,7 @@ class CropDataset(Dataset[CropSample]):
         min_voxels: int | None = None,
         min_visible: float = 0.1,
         min_object_voxels: int = 0,
-        cache_bytes: int = 1 << 30,
+        cache_bytes: int | None = None,
     ) -> None:
         size = tuple(int(n) for n in (index.crop_size if crop_size is None else crop_size))
         if len(size) != 3 or min(size) < 1:
@@ -116,7 +119,11 @@ class CropDataset(Dataset[CropSample]):
             foreground_prob=foreground_prob,
             balance=balance,
         )
-        self._cache = VolumeCache(max_bytes=int(cache_bytes))
+        if cache_bytes is not None and cache_bytes < 0:
+            raise ValueError(f"cache_bytes={cache_bytes} is negative; use 0 for no cache")
+        self._cache_bytes = None if cache_bytes is None else int(cache_bytes)
+        self._cache: VolumeCache | None = None
+        self._cache_owner = 0
         channels = sorted({volume.shape[0] for volume in self._sampler.volumes})
         if len(channels) > 1:
             raise ValueError(f"the volumes have {channels} channels; select equal ones, such as where='channels == 1'")
@@ -167,6 +174,8 @@ class CropDataset(Dataset[CropSample]):
             "image": torch.from_numpy(self._pad(draw, draw.volume.intensity.normalise(image), 0)),
             "label": torch.from_numpy(self._pad(draw, codes, IGNORE)),
         }
+        if draw.volume.spacing_um is not None:
+            data["spacing_um"] = torch.tensor(draw.volume.spacing_um, dtype=torch.float64)
         if self.transform is not None:
             if hasattr(self.transform, "set_random_state"):
                 self.transform.set_random_state(seed=transform_seed)
@@ -191,9 +200,21 @@ class CropDataset(Dataset[CropSample]):
     def _read(self, draw: CropDraw) -> tuple[np.ndarray, np.ndarray]:
         """Raw image [C, d, h, w] and labels [1, d, h, w] of the region and as much of its margin as the volume has."""
         volume, roi = draw.volume, self._region(draw)[1].tolist()
-        image = self._cache.read(("image", volume.image, volume.id), lambda: self.index.open_image(volume), roi)
-        label = self._cache.read(("label", volume.label, volume.id), lambda: self.index.open_label(volume), roi)
+        cache = self._own_cache()
+        image = cache.read(("image", volume.id), lambda: self.index.open_image(volume), roi)
+        label = cache.read(("label", volume.id), lambda: self.index.open_label(volume), roi)
         return image, label
+
+    def _own_cache(self) -> VolumeCache:
+        """This process's cache; one that came with a fork belongs to the parent."""
+        if self._cache is None or self._cache_owner != os.getpid():
+            otherwise = CACHE_BYTES if get_worker_info() is None else WORKER_CACHE_BYTES
+            self._cache = VolumeCache(max_bytes=otherwise if self._cache_bytes is None else self._cache_bytes)
+            self._cache_owner = os.getpid()
+        return self._cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}  # voxels do not travel to workers
 
     def _region(self, draw: CropDraw) -> tuple[np.ndarray, np.ndarray]:
         """The region with its margin at full size, which may leave the volume, and the part of it inside."""

@@ -1,9 +1,10 @@
 """The loader of training crops: its items depend on (seed, epoch, position) only, whatever the workers or ranks.
 
+Hence it can begin in the middle of an epoch without reading what comes before.
 Must not know: the crop index, volumes, models.
 """
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, TypedDict
 
 import numpy as np
@@ -67,6 +68,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank={rank} is outside 0 … {num_replicas - 1}; it counts from 0 below num_replicas")
         self.epoch = 0
+        self.first_step = 0  # how many of this process's positions the next iteration leaves out
         self._num_samples = num_samples
         self._shuffle = shuffle
         self._seed = seed
@@ -77,16 +79,23 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return -(-self._num_samples // self._num_replicas)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch  # an iteration under way keeps its epoch
+        epoch, first_step = self.epoch, self.first_step  # an iteration under way keeps them
         order = np.arange(self._num_samples)
         if self._shuffle:
             order = np.random.default_rng([self._seed, epoch]).permutation(self._num_samples)
-        for step in range(len(self)):
+        for step in range(first_step, len(self)):
             yield epoch, int(order[(step * self._num_replicas + self._rank) % self._num_samples])
 
 
 class CropLoader(DataLoader[CropBatch]):
     """A DataLoader of crops whose items are the same whatever `num_workers` is; call `set_epoch` before each epoch.
+
+    `state_dict` tells where an epoch stands; a loader that loads it goes on with the next batch::
+
+        loader.load_state_dict(state)
+        for epoch in range(loader.epoch, num_epochs):
+            loader.set_epoch(epoch)
+            for batch in loader: ...
 
     Args:
         dataset: a `CropDataset`, or another sized dataset that takes (epoch, position).
@@ -137,6 +146,22 @@ class CropLoader(DataLoader[CropBatch]):
             multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
         )
         self._epoch_sampler = sampler
+        self._first_batch = 0  # of the next iteration
+        self._next_batch = 0  # after those that were handed out
+        self._layout = {
+            "num_samples": len(dataset),
+            "seed": int(getattr(dataset, "seed", 0)),
+            "shuffle": shuffle,
+            "batch_size": batch_size,
+            "num_replicas": num_replicas,
+        }
+
+    def __iter__(self) -> Iterator[CropBatch]:  # type: ignore[override]
+        self._epoch_sampler.first_step = self._first_batch * self._layout["batch_size"]
+        self._next_batch, self._first_batch = self._first_batch, 0
+        for batch in super().__iter__():
+            self._next_batch += 1  # before it is handed out: the caller may never come back
+            yield batch
 
     @property
     def epoch(self) -> int:
@@ -151,4 +176,37 @@ class CropLoader(DataLoader[CropBatch]):
         """
         if epoch < 0:
             raise ValueError(f"epoch={epoch} is negative; epochs count from 0")
+        if epoch != self._epoch_sampler.epoch:
+            self._first_batch = self._next_batch = 0
         self._epoch_sampler.epoch = int(epoch)
+
+    def skip(self, num_batches: int) -> None:
+        """Let the next iteration, of the epoch that is set, begin after so many batches, which are not read.
+
+        Raises:
+            ValueError: if `num_batches` is negative or more than an epoch has.
+        """
+        if not 0 <= num_batches <= len(self):
+            raise ValueError(f"num_batches={num_batches} is outside 0 … {len(self)}, the batches of an epoch")
+        self._first_batch = self._next_batch = int(num_batches)
+
+    def state_dict(self) -> dict[str, int | bool]:
+        """Where the current iteration stands: JSON-able, the same in every rank and for any number of workers."""
+        is_done = self._next_batch == len(self)
+        epoch = self.epoch + is_done
+        return {"epoch": epoch, "batch": 0 if is_done else self._next_batch, **self._layout}
+
+    def load_state_dict(self, state: Mapping[str, int | bool]) -> None:
+        """Let the next iteration go on where another loader's stood.
+
+        Raises:
+            ValueError: if that one's batches were others: it had other samples, ranks or another seed or order.
+        """
+        for name, value in self._layout.items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"the state is of a loader with {name}={state.get(name)}, this one has {value}; its batches are "
+                    "others: make the loader as it was, or begin the epoch anew"
+                )
+        self.set_epoch(int(state["epoch"]))
+        self.skip(int(state["batch"]))

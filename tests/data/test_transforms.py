@@ -1,11 +1,27 @@
 """The default augmentation: geometry against hand-made numbers, exact ids, ignore that survives, repeatability."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
-from monai.transforms import RandFlipd
+from monai.transforms import (
+    RandAdjustContrastd,
+    RandFlipd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+)
 
-from seg3d_monai.data.transforms import RandPlaneAffined, RandTurnPlaned, train_transforms
+from seg3d_monai.data.transforms import (
+    RandChannelDropd,
+    RandCoarseZd,
+    RandPlaneAffined,
+    RandTurnPlaned,
+    RandWarpd,
+    train_transforms,
+)
 
 SHAPE = (6, 20, 20)
 
@@ -104,7 +120,7 @@ def test_large_ids_and_ignore_survive_an_affine() -> None:
 
 
 def test_labels_are_untouched_by_intensity_and_images_change() -> None:
-    transform = train_transforms(flip=False, isotropic_plane=False, affine_prob=0.0, intensity_prob=1.0)
+    transform = train_transforms(flip_prob=(0, 0, 0), isotropic_plane=False, affine_prob=0.0, intensity_prob=1.0)
     data = {"image": torch.rand(2, *SHAPE), "label": crop()["label"]}
     result = transform.set_random_state(seed=0)(data)
     assert torch.equal(torch.as_tensor(result["label"]), data["label"])
@@ -116,7 +132,7 @@ def test_labels_are_untouched_by_intensity_and_images_change() -> None:
 
 def test_the_blur_along_z_is_half_of_that_in_the_plane() -> None:
     transform = train_transforms(
-        flip=False,
+        flip_prob=(0, 0, 0),
         isotropic_plane=False,
         affine_prob=0.0,
         intensity_prob=1.0,
@@ -157,13 +173,52 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_threads() -> None:
 
 
 def test_switches_leave_steps_out() -> None:
-    def kinds(**options: bool) -> list[type]:
+    def kinds(**options: object) -> list[type]:
         return [type(step) for step in train_transforms(**options).transforms]  # type: ignore[arg-type]
 
     assert kinds().count(RandFlipd) == 3
-    assert RandFlipd not in kinds(flip=False)
-    assert RandTurnPlaned in kinds()
-    assert RandTurnPlaned not in kinds(isotropic_plane=False)
+    assert kinds(flip_prob=(0, 0.5, 1)).count(RandFlipd) == 2
+    assert RandFlipd not in kinds(flip_prob=(0, 0, 0))
+    assert kinds(turn_planes=("yx", "zx")).count(RandTurnPlaned) == 2
+    for still in ({"isotropic_plane": False}, {"turn_prob": 0}, {"turn_planes": ()}):
+        assert RandTurnPlaned not in kinds(**still)
+    for unasked in (RandWarpd, RandCoarseZd, RandChannelDropd):
+        assert unasked not in kinds()
+    for bent in ({"tilt_degrees": 5}, {"shear": 0.1}, {"elastic_prob": 0.1}):
+        assert RandWarpd in kinds(**bent)
+        assert RandPlaneAffined not in kinds(**bent)
+    assert RandCoarseZd in kinds(coarse_z_prob=0.1)
+    assert kinds(channel_drop_prob=0.1)[-1] is RandChannelDropd
+
+
+def test_each_step_has_its_own_probability() -> None:
+    steps = {
+        "blur_prob": RandGaussianSmoothd,
+        "gamma_prob": RandAdjustContrastd,
+        "contrast_prob": RandScaleIntensityd,
+        "shift_prob": RandShiftIntensityd,
+        "noise_prob": RandGaussianNoised,
+        "coarse_z_prob": RandCoarseZd,
+        "channel_drop_prob": RandChannelDropd,
+        "turn_prob": RandTurnPlaned,
+    }
+    for name, kind in steps.items():
+        for step in train_transforms(intensity_prob=0.125, **{name: 0.625}).transforms:  # type: ignore[arg-type]
+            if type(step) is kind:
+                assert step.prob == 0.625
+            elif type(step) in list(steps.values())[:5]:
+                assert step.prob == 0.125
+
+
+def test_every_probability_is_checked() -> None:
+    names = [name for name in inspect.signature(train_transforms).parameters if name.endswith("_prob")]
+    assert len(names) == 12
+    for name in names:
+        wrong = (0.5, 1.5, 0.5) if name == "flip_prob" else 1.5
+        with pytest.raises(ValueError, match=rf"{name}.*1\.5 is not a probability"):
+            train_transforms(**{name: wrong})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"flip_prob=.* three"):
+        train_transforms(flip_prob=(0.5, 0.5))
 
 
 def test_scales_that_make_no_sense() -> None:

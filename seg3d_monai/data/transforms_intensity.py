@@ -1,0 +1,77 @@
+"""What microscopes do to images beside noise and blur, as MONAI dictionary transforms: coarse planes, missing channels.
+
+Labels stay as they are: a nucleus does not change its place because it was imaged worse.
+
+Must not know: files, labels, the crop index.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from monai.transforms import MapTransform, RandomizableTransform
+from torch.nn import functional
+
+
+class RandCoarseZd(RandomizableTransform, MapTransform):
+    """Image as with thicker planes, further apart: averages over slabs, interpolated linearly between their middles.
+
+    Args:
+        keys: float [C, D, H, W].
+        prob: probability, 0 to 1.
+        factor_range: smallest and largest thickness of a slab, in planes, from 1.
+
+    Raises:
+        ValueError: for a thickness below 1.
+    """
+
+    def __init__(
+        self, *, keys: Sequence[str] | str = "image", prob: float = 0.2, factor_range: Sequence[float] = (1.5, 3.0)
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        if len(factor_range) != 2 or not 1 <= factor_range[0] <= factor_range[1]:
+            raise ValueError(f"factor_range={factor_range} is not two thicknesses 1 <= low <= high in planes")
+        self._range = (float(factor_range[0]), float(factor_range[1]))
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        """Transform one sample."""
+        result = dict(data)
+        self.randomize(None)
+        if self._do_transform:
+            factor = self.R.uniform(*self._range)
+            for key in self.key_iterator(result):
+                image = torch.as_tensor(result[key])
+                matrix = coarsening(image.shape[1], max(1, round(image.shape[1] / factor))).to(image)
+                result[key] = torch.matmul(matrix, image.flatten(2)).reshape(image.shape)
+        return result
+
+
+class RandChannelDropd(RandomizableTransform, MapTransform):
+    """Blank one channel, which one at random; images of a single channel stay as they are.
+
+    Args:
+        keys: float [C, D, H, W]; 0, the background of a normalised image, fills the channel.
+        prob: probability, 0 to 1.
+    """
+
+    def __init__(self, *, keys: Sequence[str] | str = "image", prob: float = 0.1) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        """Transform one sample."""
+        result = dict(data)
+        self.randomize(None)
+        chosen = self.R.rand()
+        for key in self.key_iterator(result):
+            num_channels = result[key].shape[0]
+            if self._do_transform and num_channels > 1:
+                result[key] = result[key].clone()
+                result[key][int(chosen * num_channels)] = 0
+        return result
+
+
+def coarsening(num_planes: int, num_slabs: int) -> torch.Tensor:
+    """The linear map of `num_planes` planes to averages over slabs and back, float32 [num_planes, num_planes]."""
+    slabs = functional.adaptive_avg_pool1d(torch.eye(num_planes), num_slabs)
+    return functional.interpolate(slabs[None], size=num_planes, mode="linear", align_corners=False)[0].T.contiguous()
