@@ -72,29 +72,130 @@ def index(
     *,
     crop_size: list[int] | None = None,
     stride: list[int] | None = None,
+    overlap: list[int] | None = None,
     min_voxels: int | None = None,
+    min_object_voxels: int | None = None,
+    where: str | None = None,
+    specimen_pattern: str | None = None,
+    num_workers: int | None = None,
+    skip_bad: bool = False,
 ) -> None:
-    """Index the annotated volumes of a manifest into a database of crops and their instances.
+    """Index the volumes of a manifest into a database of crops and their instances.
+
+    Volumes that are there already and have not changed are not scanned again; an interrupted build goes on.
 
     Args:
-        manifest: CSV file, or a folder with manifest.csv, or a folder of NAME/image.tif with NAME/labels.tif.
+        manifest: CSV, Parquet or JSON file, or a folder that holds manifest.csv, or a folder of NAME/image.tif with
+            NAME/labels.tif.
         db: SQLite file to write.
         crop_size: Voxels of a crop, "[z,y,x]"; default "[32,64,64]".
         stride: Voxels from crop to crop, "[z,y,x]"; default half a crop.
+        overlap: Voxels that neighbouring crops share, "[z,y,x]", in place of stride.
         min_voxels: Instances with fewer voxels inside a crop are ignored there.
+        min_object_voxels: Instances with fewer voxels do not count.
+        where: Filter over the manifest's columns; other volumes are left out, 'quality_image >= 2'.
+        specimen_pattern: Regular expression that finds the specimen in a volume's name.
+        num_workers: Number of processes; default one for each CPU.
+        skip_bad: Leave out label chunks that cannot be decoded, instead of stopping.
     """
-    from seg3d_monai.data import build_index
+    from seg3d_monai.data import DataConfig, build_index, read_manifest
 
-    options = {"stride": stride, "min_voxels": min_voxels}
-    built = build_index(manifest, db, crop_size=crop_size or (32, 64, 64), **_given(options))
-    print(f"{'split':<8} {'volumes':>8} {'specimens':>10} {'instances':>10} {'crops':>8}")
-    volumes = built.volumes()
-    for split in dict.fromkeys(volume.split for volume in volumes):
-        those = [volume for volume in volumes if volume.split == split]
+    sizes = {"crop_size": crop_size, "stride": stride, "overlap": overlap}
+    counts = {"min_voxels": min_voxels, "min_object_voxels": min_object_voxels, "where": where}
+    built = build_index(
+        read_manifest(manifest, specimen_pattern=specimen_pattern),
+        db,
+        DataConfig(**_given({**sizes, **counts})),
+        num_workers=num_workers or len(os.sched_getaffinity(0)),
+        skip_bad=skip_bad,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"{'split':<10} {'volumes':>8} {'specimens':>10} {'instances':>10} {'crops':>10}")
+    labelled, bare = built.volumes(), built.volumes(labelled=False)
+    groups = {split or "(none)": [v for v in labelled if v.split == split] for split in {v.split: 0 for v in labelled}}
+    for name, those in [*groups.items(), *([("unlabelled", bare)] if bare else [])]:
         specimens = len({volume.specimen for volume in those})
         instances, crops = sum(volume.num_instances for volume in those), sum(volume.num_crops for volume in those)
-        print(f"{split or '(none)':<8} {len(those):>8} {specimens:>10} {instances:>10} {crops:>8}")
+        print(f"{name:<10} {len(those):>8} {specimens:>10} {instances:>10} {crops:>10}")
+    unreadable = sum(len(volume.unreadable) for volume in labelled)
+    if unreadable:
+        print(f"{unreadable} chunks of labels cannot be read and are ignored")
     print(f"index: {db}")
+
+
+def convert(
+    input: str,
+    output: str,
+    *,
+    axes: str | None = None,
+    spacing: list[float] | None = None,
+    channels: int | list[int] | None = None,
+    time: str | None = None,
+    level: str | None = None,
+    scene: str | None = None,
+    roi: list[int] | None = None,
+    labels: bool = False,
+    chunk_size: int | list[int] | None = None,
+    shard_size: int | list[int] | None = None,
+    ome_zarr_version: str | None = None,
+    num_workers: int | None = None,
+    max_memory: str | None = None,
+    skip_bad: bool = False,
+    restart: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Write any stack as a chunked OME-Zarr with a pyramid, which everything here reads fastest.
+
+    An unfinished output goes on, whatever ended it; a finished one of the same input says so; any other existing
+    output needs `--restart`. docs/formats.md lists what is read.
+
+    Args:
+        input: File, folder, URL, or a pattern in quotes such as "stack/*.tif".
+        output: OME-Zarr to write, NAME.zarr.
+        axes: Order of the axes, for instance ZYX, CZYX or ZYXC.
+        spacing: Voxel size in micrometres, "[z,y,x]", where the file does not know it.
+        channels: Channel or list of channels to write.
+        time: Time point; several, "[0,3,4]", or "all" write a series.
+        level: Level of a multiscale input: its number, its name, or a voxel size such as 2um.
+        scene: Number or name of the image where a file holds several.
+        roi: Region to write, "[z1,y1,x1,z2,y2,x2]" in voxels.
+        labels: The voxels are ids, so coarser levels take the most frequent one; written to labels/instances.
+        chunk_size: Voxels of a chunk, one number or "[z,y,x]"; default "[64,128,128]".
+        shard_size: Voxels of a file, a multiple of the chunks; default about "[64,512,512]", 0 for a file a chunk.
+        ome_zarr_version: 0.5, or 0.4, which has no shards.
+        num_workers: Number of threads.
+        max_memory: What may be read at once, for instance 8GB; default a quarter of the machine's.
+        skip_bad: Leave zeros where voxels cannot be read, and list these regions, instead of stopping.
+        restart: Throw an existing output away.
+        dry_run: Check the options and say what would be written.
+    """
+    options = {
+        "axes": axes,
+        "spacing": spacing,
+        "channels": channels,
+        "time": time if time in (None, "all") else _numbers("time", time),
+        "level": level,
+        "scene": scene,
+        "roi": roi,
+        "chunk_size": chunk_size,
+        "shard_size": shard_size,
+        "ome_zarr_version": ome_zarr_version,
+        "num_workers": num_workers,
+        "max_memory": max_memory,
+    }
+    from seg3d_monai.data.convert import convert_volume
+
+    done = convert_volume(
+        input,
+        output,
+        labels=labels,
+        skip_bad=skip_bad,
+        restart=restart,
+        dry_run=dry_run,
+        progress=sys.stderr.isatty(),
+        **_given(options),
+    )
+    print(done.describe(is_plan=dry_run))
 
 
 def train(bundle: str, *, config_file: str | None = None, overlay: str | None = None, **overrides: str) -> None:
@@ -151,7 +252,7 @@ def predict(
     `--restart`. SIGTERM ends the run after the blocks in hand, with exit code 143.
 
     Args:
-        input: TIFF, OME-TIFF, Zarr, OME-Zarr or NIfTI.
+        input: TIFF, OME-TIFF, Zarr, OME-Zarr, NIfTI and others, see docs/formats.md.
         output: OME-Zarr to write, X.zarr; the table goes beside it as X.instances.parquet.
         bundle: Folder of the bundle, or its name in ./bundles.
         config_file: Configuration file, or "['a','b']", to run instead of configs/inference.json.
@@ -224,7 +325,7 @@ def seam_check(
     """Predict a region under two grids of blocks and report the objects that are split, merged, lost or moved at seams.
 
     Args:
-        input: TIFF, OME-TIFF, Zarr, OME-Zarr or NIfTI.
+        input: TIFF, OME-TIFF, Zarr, OME-Zarr, NIfTI and others, see docs/formats.md.
         report: File for all numbers, X.json; the picture goes beside it as X.png.
         bundle: Folder of the bundle, or its name in ./bundles.
         config_file: Configuration file, or "['a','b']", to run instead of configs/inference.json.
@@ -346,6 +447,7 @@ def evaluate(truth: str, prediction: str, *, json: str | None = None) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "synth": synth,
+    "convert": convert,
     "index": index,
     "train": train,
     "predict": predict,
@@ -439,7 +541,8 @@ def _run_inference(
     overrides: Mapping[str, str],
     options: Mapping[str, Any],
 ) -> None:
-    if not Path(input).exists():
+    # Whoever opens it knows URLs and patterns.
+    if not Path(input).exists() and not any(sign in input for sign in ("://", "*", "?", "[")):
         raise FileNotFoundError(f"input {input!r} does not exist; check the path")
     folder = find_bundle(bundle)
     files = config_files(folder, config_file, "inference.json") + overlay_files(folder, overlay)

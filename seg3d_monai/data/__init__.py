@@ -3,6 +3,8 @@
 from seg3d_monai.data.crop_dataset import CropDataset, VolumeDataset
 from seg3d_monai.data.crop_index import CropIndex, CropRecord, InstanceTable, VolumeRecord
 from seg3d_monai.data.crop_index_build import build_index
+from seg3d_monai.data.crop_selection import CropSelection
+from seg3d_monai.data.data_config import DataConfig
 from seg3d_monai.data.intensity import Intensity, check_finite, measure_intensity
 from seg3d_monai.data.loader import CropLoader, collate_crops
 from seg3d_monai.data.manifest import Manifest, ManifestRow, read_manifest
@@ -17,6 +19,8 @@ __all__ = [
     "CropIndex",
     "CropLoader",
     "CropRecord",
+    "CropSelection",
+    "DataConfig",
     "InstanceTable",
     "Intensity",
     "Manifest",

@@ -1,286 +1,355 @@
-"""Builds the SQLite crop index: one streaming pass over each volume, written aside and renamed when complete.
+"""Builds the SQLite crop index: each volume is scanned once, journalled, and written into a new file that is renamed.
 
 Rollback journal, never WAL; one process writes. The index keeps what it was built from: `build_index` reuses a file
-that matches exactly and rebuilds any other, so a stale index is never used silently, and an interrupted build leaves
-nothing behind.
+that matches exactly, takes over the volumes of one that matches in part, and scans the others, so a stale index is
+never used silently. What a killed build leaves is taken up by the next. A finished file is never written to: readers
+open it as immutable.
 
 Must not know: torch, sampling, augmentation.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from seg3d_monai.data.crop_index import BUILTIN_COLUMNS, FORMAT_VERSION, CropIndex, read_config
-from seg3d_monai.data.intensity import check_finite, measure_intensity
-from seg3d_monai.data.label_scan import LabelScan
-from seg3d_monai.data.manifest import Manifest, ManifestRow, read_manifest
+from seg3d_monai.data.crop_index import BUILTIN_COLUMNS, CropIndex
+from seg3d_monai.data.crop_index_format import (
+    FORMAT_VERSION,
+    INSTANCE,
+    SCHEMA,
+    OlderFormatError,
+    connect_readonly,
+    read_meta,
+)
+from seg3d_monai.data.crop_index_journal import ScanJournal
+from seg3d_monai.data.crop_index_scan import ScanJob, open_files, scan_volumes
+from seg3d_monai.data.data_config import DataConfig
+from seg3d_monai.data.file_evidence import Evidence, full_evidence, is_constant, is_unchanged, quick_evidence
+from seg3d_monai.data.manifest import (
+    FILE_COLUMNS,
+    Location,
+    Manifest,
+    ManifestRow,
+    file_digest,
+    read_manifest,
+    select_rows,
+)
 from seg3d_monai.data.volume import Volume
 
 logger = logging.getLogger(__name__)
 
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE volumes (
-    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, image TEXT NOT NULL, label TEXT NOT NULL, axes TEXT,
-    channels INTEGER NOT NULL, size_z INTEGER NOT NULL, size_y INTEGER NOT NULL, size_x INTEGER NOT NULL,
-    spacing_z_um REAL, spacing_y_um REAL, spacing_x_um REAL,
-    specimen TEXT NOT NULL, split TEXT, intensity TEXT NOT NULL,
-    num_instances INTEGER NOT NULL DEFAULT 0, first_crop INTEGER NOT NULL, num_crops INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE attributes (
-    volume_id INTEGER NOT NULL, name TEXT NOT NULL, value NOT NULL, PRIMARY KEY (volume_id, name)
-) WITHOUT ROWID;
-CREATE TABLE instances (
-    volume_id INTEGER NOT NULL, id INTEGER NOT NULL, label INTEGER NOT NULL, class INTEGER NOT NULL,
-    z1 INTEGER NOT NULL, y1 INTEGER NOT NULL, x1 INTEGER NOT NULL,
-    z2 INTEGER NOT NULL, y2 INTEGER NOT NULL, x2 INTEGER NOT NULL,
-    voxels INTEGER NOT NULL, PRIMARY KEY (volume_id, id)
-) WITHOUT ROWID;
-CREATE UNIQUE INDEX instance_labels ON instances (volume_id, label);
-CREATE TABLE crops (
-    id INTEGER PRIMARY KEY, volume_id INTEGER NOT NULL,
-    z1 INTEGER NOT NULL, y1 INTEGER NOT NULL, x1 INTEGER NOT NULL,
-    z2 INTEGER NOT NULL, y2 INTEGER NOT NULL, x2 INTEGER NOT NULL,
-    num_instances INTEGER NOT NULL DEFAULT 0, foreground_fraction REAL NOT NULL, ignore_fraction REAL NOT NULL
-);
-CREATE INDEX crop_volumes ON crops (volume_id);
-CREATE TABLE crop_instances (
-    crop_id INTEGER NOT NULL, label INTEGER NOT NULL, id INTEGER NOT NULL DEFAULT 0, class INTEGER NOT NULL DEFAULT 0,
-    z1 INTEGER NOT NULL, y1 INTEGER NOT NULL, x1 INTEGER NOT NULL,
-    z2 INTEGER NOT NULL, y2 INTEGER NOT NULL, x2 INTEGER NOT NULL,
-    voxels INTEGER NOT NULL, truncated INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (crop_id, label)
-) WITHOUT ROWID;
-"""
+_TABLES = ("instances", "crop_columns", "crop_instances")
 
 
 def build_index(
     manifest: Manifest | str | os.PathLike[str],
     db: str | os.PathLike[str],
+    config: DataConfig,
     *,
-    crop_size: Sequence[int],
-    stride: Sequence[int] | None = None,
-    min_voxels: int = 20,
-    percentiles: tuple[float, float] = (1.0, 99.8),
+    num_workers: int = 1,
+    skip_bad: bool = False,
     progress: bool = True,
 ) -> CropIndex:
     """Build the crop index of a manifest, or reuse the file if it was built from exactly the same things.
 
+    Volumes that an earlier index of the same configuration holds, and whose files are unchanged, are not scanned again.
+    A build that was interrupted goes on; its journal is `db` with the suffix .building.
+
     Args:
-        manifest: a manifest, or the path of one. Rows without a label volume are left out, with a warning.
+        manifest: a manifest, or the path of one. Volumes without labels are in the index too, as unlabelled.
         db: path of the index file.
-        crop_size: extent of a crop, (z, y, x) voxels.
-        stride: step of the grid, (z, y, x) voxels; half the crop size by default.
-        min_voxels: visible voxels below which a truncated instance is a fragment and does not count.
-        percentiles: of the intensity, mapped to 0 and 1 by the normalisation.
+        config: how volumes are cut and which are taken.
+        num_workers: processes that scan, at most; with 1, or little to do, it is this one. Others import the script
+            that calls, which needs the usual ``if __name__ == "__main__":``.
+        skip_bad: whether label chunks that cannot be decoded are left out, as ignore, instead of ending the build.
         progress: whether to show a progress bar.
 
     Returns:
         The index, opened.
 
     Raises:
-        ValueError: for a size that makes no sense, for labels that are not ids, for image and label of different
-            shapes, for voxels that are not finite, and for a manifest without labels.
+        ValueError: for labels that are not ids, image and label of different shapes, chunks that cannot be decoded,
+            voxels that are not finite, label ids without a class, one image in two splits, a file or a manifest that
+            was changed meanwhile, a file at `db` that is no index, and a manifest without labels.
+        OSError: the disk is full.
     """
+    if num_workers < 1:
+        raise ValueError(f"num_workers={num_workers} is not a number of processes; use 1 or more")
     if not isinstance(manifest, Manifest):
         manifest = read_manifest(manifest)
-    crop = _triple(crop_size, "crop_size")
-    step = tuple(max(1, c // 2) for c in crop) if stride is None else _triple(stride, "stride")
-    if any(s > c for s, c in zip(step, crop, strict=True)):
-        raise ValueError(f"stride={step} is larger than crop_size={crop}; voxels in between would be in no crop")
-    if min_voxels < 0:
-        raise ValueError(f"min_voxels={min_voxels} is negative; use 0 to keep every fragment")
-    rows = [row for row in manifest.rows if row.label is not None]
-    bare = [row.name for row in manifest.rows if row.label is None]
-    if bare:
-        logger.warning("left out of the index for want of a label volume: %s", ", ".join(bare))
-    if not rows:
+    rows = select_rows(manifest.rows, config.where)
+    if all(row.label is None for row in rows):
         raise ValueError("no row of the manifest has a label volume; fill the column 'label'")
     _check_attributes(rows)
 
     target = Path(db).absolute()
-    volumes = [(row.open_image(), row.open_label()) for row in rows]
-    config = {
-        "format": FORMAT_VERSION,
-        "crop_size": list(crop),
-        "stride": list(step),
-        "min_voxels": int(min_voxels),
-        "percentiles": [float(p) for p in percentiles],
-        "manifest": hashlib.sha256(json.dumps([_row_json(row) for row in rows]).encode()).hexdigest(),
-        "stats": [[_stat(image), _stat(label)] for image, label in volumes],
-    }
-    if target.exists() and _is_current(target, config, volumes):
-        return CropIndex(target)
-    config["identities"] = _identities(volumes)
-    _write_index(target, rows, volumes, config, progress)
+    files = [open_files(row) for row in rows]
+    evidence = [{column: quick_evidence(volume) for column, volume in opened.items()} for opened in files]
+    _check_duplicates(rows, files, evidence)
+    meta = {"config": config.to_json(), "rows": _digest([_row_json(row) for row in rows])}
+    try:
+        with _Known(target) as known:
+            kept = [
+                known.volume(row, opened, found, config, skip_bad)
+                for row, opened, found in zip(rows, files, evidence, strict=True)
+            ]
+            changes = known.changes(meta, rows, kept)
+            journal_path = target.with_name(f"{target.name}.building")
+            if known.is_index and not changes:
+                _clear(journal_path)
+                return CropIndex(target)
+            if changes:
+                logger.warning(
+                    "rebuilding the crop index %s: changed since it was built: %s", target, "; ".join(changes)
+                )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with ScanJournal(journal_path) as journal:
+                jobs: dict[int, ScanJob] = {}
+                for position, row in enumerate(rows):
+                    if kept[position] is None:
+                        jobs[position] = _job(row, files[position], evidence[position], journal, config, skip_bad)
+                unfinished = [job for job in jobs.values() if journal.facts(job.scan_id) is None]
+                scan_volumes(unfinished, journal, config, num_workers=num_workers, skip_bad=skip_bad, progress=progress)
+                sources = [
+                    _Source(journal.packed, jobs[position].scan_id, _facts(journal, jobs[position]))
+                    if found is None
+                    else found
+                    for position, found in enumerate(kept)
+                ]
+                _write_index(target, manifest, rows, files, sources, meta)
+            _remove(journal_path)
+    except sqlite3.OperationalError as error:
+        if "full" not in str(error):
+            raise
+        text = "the disk is full; make room and run it again, it goes on where it was"
+        raise OSError(errno.ENOSPC, text, str(target)) from error
     return CropIndex(target)
 
 
-def _is_current(target: Path, config: Mapping[str, Any], volumes: Sequence[tuple[Volume, Volume]]) -> bool:
-    """Whether the index was built from the same things; says why not."""
-    try:
-        found = read_config(target)
-    except ValueError as error:
-        logger.warning("rebuilding the crop index: %s", error)
-        return False
-    changed = [key for key in config if key != "stats" and config[key] != found.get(key)]
-    # Equal size and time of every file settle it; else (folders, copies) the voxels are looked at.
-    settled = config["stats"] == found.get("stats") and all(None not in pair for pair in config["stats"])
-    if not changed and not settled and found.get("identities") != _identities(volumes):
-        changed = ["images or labels"]
-    if changed:
-        logger.warning("rebuilding the crop index %s: changed since it was built: %s", target, ", ".join(changed))
-    return not changed
+def _clear(journal_path: Path) -> None:
+    """Remove the journal that a process left which was killed at the very end, not one that is in use."""
+    if journal_path.exists():
+        with suppress(ValueError):
+            ScanJournal(journal_path).close()
+            _remove(journal_path)
 
 
-def _identities(volumes: Sequence[tuple[Volume, Volume]]) -> Any:
-    # Through JSON, so that it compares equal with what is read back.
-    return json.loads(json.dumps([[image.identity(), label.identity()] for image, label in volumes]))
+def _remove(journal_path: Path) -> None:
+    journal_path.unlink(missing_ok=True)
+    Path(f"{journal_path}-journal").unlink(missing_ok=True)
 
 
-def _stat(volume: Volume) -> list[int] | None:
-    assert volume.path is not None
-    if not os.path.isfile(volume.path):
-        return None  # a folder's own time says nothing about the chunks in it
-    found = os.stat(volume.path)
-    return [found.st_size, found.st_mtime_ns]
+class _Source:
+    """Where the packed rows of a volume come from, and what is known of it."""
+
+    def __init__(self, packed: Any, number: int, facts: dict[str, Any]) -> None:
+        self._packed, self._number, self.facts = packed, number, facts
+
+    def rows(self, table: str) -> Iterable[tuple[Any, ...]]:
+        """Without the volume's id."""
+        found: Iterable[tuple[Any, ...]] = self._packed(table, self._number)
+        return found
+
+
+class _Known:
+    """The index that is there already, if any: which of its volumes may be taken over."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._meta: dict[str, Any] = {}
+        self._volumes: dict[str, sqlite3.Row] = {}
+        self._connection: sqlite3.Connection | None = None
+        self._older: str | None = None
+        try:
+            self._meta = read_meta(path) if path.exists() else {}
+        except OlderFormatError as error:
+            self._older = str(error)
+        if self._meta:
+            self._connection = connect_readonly(path)
+            self._volumes = {row["name"]: row for row in self._connection.execute("SELECT * FROM volumes ORDER BY id")}
+
+    def __enter__(self) -> "_Known":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    @property
+    def is_index(self) -> bool:
+        return bool(self._meta)
+
+    def volume(
+        self,
+        row: ManifestRow,
+        files: Mapping[str, Volume],
+        evidence: Mapping[str, Evidence],
+        config: DataConfig,
+        skip_bad: bool,
+    ) -> _Source | None:
+        """A volume's rows, None where they are not there or of other files."""
+        found = self._volumes.get(row.name)
+        if found is None or _scan_config(self._meta["config"]) != _scan_config(config) or found["axes"] != row.axes:
+            return None
+        known = json.loads(found["files"])
+        unreadable = json.loads(found["unreadable"])
+        if known.keys() != files.keys() or (unreadable and not skip_bad):
+            return None
+        if not all(is_unchanged(volume, evidence[column], known[column]) for column, volume in files.items()):
+            return None
+        facts = {
+            "intensity": json.loads(found["intensity"]),
+            "num_instances": found["num_instances"],
+            "num_crops": found["num_crops"],
+            "unreadable": unreadable,
+            "files": {column: {**known[column], "stat": evidence[column]["stat"]} for column in files},
+        }
+        return _Source(self._packed, found["id"], facts)
+
+    def changes(
+        self, meta: Mapping[str, Any], rows: Sequence[ManifestRow], kept: Sequence[_Source | None]
+    ) -> list[str]:
+        """What is no longer as it was; empty also where there is no index."""
+        if self._older is not None:
+            return [self._older]
+        if not self._meta:
+            return []
+        config = self._meta["config"].to_json()
+        found = [key for key, value in meta["config"].items() if config[key] != value]
+        names = [row.name for row in rows]
+        for word, changed in (
+            ("added", [name for name in names if name not in self._volumes]),
+            ("removed", [name for name in self._volumes if name not in set(names)]),
+        ):
+            found += [f"volumes {word}: {_listed(changed)}"] if changed else []
+        if _scan_config(self._meta["config"]) == _scan_config(DataConfig.from_json(meta["config"])):
+            changed = [n for n, source in zip(names, kept, strict=True) if source is None and n in self._volumes]
+            found += [f"files of {_listed(changed)}"] if changed else []
+        if not found and meta["rows"] != self._meta["rows"]:
+            found.append("manifest")
+        return found
+
+    def _packed(self, table: str, number: int) -> Iterable[tuple[Any, ...]]:
+        assert self._connection is not None
+        columns = "name, block, data" if table == "crop_columns" else "block, rows"
+        order = "name, block" if table == "crop_columns" else "block"
+        sql = f"SELECT {columns} FROM {table} WHERE volume_id = ? ORDER BY {order}"
+        return (tuple(row) for row in self._connection.execute(sql, (number,)))
+
+
+def _job(
+    row: ManifestRow,
+    files: dict[str, Volume],
+    evidence: dict[str, Evidence],
+    journal: ScanJournal,
+    config: DataConfig,
+    skip_bad: bool,
+) -> ScanJob:
+    """A volume's scan in the journal, as far as it has come."""
+    paths = [None if getattr(row, column) is None else _stored(getattr(row, column)) for column in FILE_COLUMNS]
+    scan_id = journal.scan_id(_digest([_scan_config(config), paths, row.axes, evidence]))
+    facts = journal.facts(scan_id)
+    unreadable = journal.unreadable(scan_id) if facts is None else facts["unreadable"]
+    if unreadable and not skip_bad:
+        journal.restart(scan_id)
+    return ScanJob(row=row, scan_id=scan_id, files=files, evidence=evidence)
+
+
+def _facts(journal: ScanJournal, job: ScanJob) -> dict[str, Any]:
+    facts = journal.facts(job.scan_id)
+    assert facts is not None
+    return facts
 
 
 def _write_index(
     target: Path,
+    manifest: Manifest,
     rows: Sequence[ManifestRow],
-    volumes: Sequence[tuple[Volume, Volume]],
-    config: Mapping[str, Any],
-    progress: bool,
+    files: Sequence[Mapping[str, Volume]],
+    sources: Sequence[_Source],
+    meta: Mapping[str, Any],
 ) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".building", dir=target.parent)
-    os.close(handle)
-    building = Path(name)
+    """Write the volumes in the order of the manifest: the same file, whichever way the rows came here."""
+    new = target.with_name(f"{target.name}.new")
+    new.unlink(missing_ok=True)
     try:
-        connection = sqlite3.connect(building, isolation_level=None)
-        try:
+        with closing(sqlite3.connect(new, isolation_level=None)) as connection:
             # Nothing reads the file before the rename, so its journal guards nothing and one sync at the end is enough.
-            for pragma in ("journal_mode = MEMORY", "synchronous = OFF", "cache_size = -65536"):
+            for pragma in ("page_size = 16384", "journal_mode = MEMORY", "synchronous = OFF", "cache_size = -65536"):
                 connection.execute(f"PRAGMA {pragma}")
             connection.execute("BEGIN")
-            for statement in filter(str.strip, _SCHEMA.split(";")):
+            for statement in filter(str.strip, SCHEMA.split(";")):
                 connection.execute(statement)
-            connection.execute("INSERT INTO meta VALUES ('config', ?)", (json.dumps(config),))
-            with tqdm(total=len(rows), desc="index", unit="volume", disable=not progress) as bar:
-                for volume_id, (row, (image, label)) in enumerate(zip(rows, volumes, strict=True), start=1):
-                    bar.set_postfix_str(row.name, refresh=False)
-                    _write_volume(connection, volume_id, row, image, label, config)
-                    bar.update()
+            connection.executemany("INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in meta.items()])
+            first_crop = 1
+            for volume_id, (row, opened, source) in enumerate(zip(rows, files, sources, strict=True), start=1):
+                _write_volume(connection, volume_id, row, opened["image"], source, first_crop)
+                first_crop += source.facts["num_crops"]
             connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
             connection.execute("COMMIT")
             connection.execute("ANALYZE")
-        finally:
-            connection.close()
-        with building.open("rb") as written:
+        if manifest.digest is not None and _digest_now(manifest.file) != manifest.digest:
+            raise ValueError(f"{manifest.file}: was edited while its volumes were indexed; run it again, it goes on")
+        with new.open("rb") as written:
             os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        building.chmod(0o666 & ~umask)  # mkstemp is private, an index is as shared as its folder
-        building.replace(target)
+        new.replace(target)
     finally:
-        building.unlink(missing_ok=True)
-        Path(f"{building}-journal").unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
 def _write_volume(
-    connection: sqlite3.Connection,
-    volume_id: int,
-    row: ManifestRow,
-    image: Volume,
-    label: Volume,
-    config: Mapping[str, Any],
+    connection: sqlite3.Connection, volume_id: int, row: ManifestRow, image: Volume, source: _Source, first_crop: int
 ) -> None:
-    if tuple(image.shape[1:]) != tuple(label.shape[1:]):
-        raise ValueError(
-            f"{row.name}: the image is {tuple(image.shape[1:])} and the labels are {tuple(label.shape[1:])} (z, y, x); "
-            "they must be the same voxels"
-        )
-    check_finite(image)
-    low, high = config["percentiles"]
-    intensity = measure_intensity(image, percentiles=(low, high))
-    first_crop = connection.execute("SELECT COALESCE(MAX(id), 0) + 1 FROM crops").fetchone()[0]
-    spacing = row.spacing_um or image.spacing_um or (None, None, None)
-    connection.execute(
-        "INSERT INTO volumes (id, name, image, label, axes, channels, size_z, size_y, size_x, "
-        "spacing_z_um, spacing_y_um, spacing_x_um, specimen, split, intensity, first_crop) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            *(volume_id, row.name, str(Path(row.image).absolute()), str(Path(str(row.label)).absolute()), row.axes),
-            *(int(n) for n in image.shape),
-            *spacing,
-            *(row.specimen, row.split, json.dumps(intensity.to_json()), first_crop),
-        ),
+    instances: list[tuple[int, int, bytes]] = []
+    num_classes = 1
+    for block, packed in source.rows("instances"):
+        table = np.frombuffer(packed, INSTANCE).copy()
+        table["class"] = _classes_of(row, table["label"])
+        num_classes = max(num_classes, int(table["class"].max()) + 1)
+        instances.append((volume_id, block, table.tobytes()))
+    facts = source.facts
+    paths = [None if getattr(row, column) is None else _stored(getattr(row, column)) for column in FILE_COLUMNS]
+    values = (
+        *(volume_id, row.name, *paths, row.axes),
+        *(int(n) for n in image.shape),
+        *(row.spacing_um or image.spacing_um or (None, None, None)),
+        *(row.specimen, row.split, json.dumps(facts["intensity"])),
+        *(facts["num_instances"], num_classes, first_crop, facts["num_crops"]),
+        *(json.dumps(facts["unreadable"]), json.dumps(facts["files"])),
     )
+    connection.execute(f"INSERT INTO volumes VALUES ({', '.join('?' * len(values))})", values)
     connection.executemany(
         "INSERT INTO attributes VALUES (?, ?, ?)", [(volume_id, name, value) for name, value in row.attributes.items()]
     )
-    scan = LabelScan(label=label, crop_size=config["crop_size"], stride=config["stride"], name=row.name)
-    num_crops = 0
-    for crop_id, crop in enumerate(scan, start=first_crop):
-        num_crops += 1
-        size = int(np.prod([crop.box[axis + 3] - crop.box[axis] for axis in range(3)]))
-        connection.execute(
-            "INSERT INTO crops (id, volume_id, z1, y1, x1, z2, y2, x2, foreground_fraction, ignore_fraction) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (crop_id, volume_id, *crop.box, crop.foreground / size, crop.ignored / size),
-        )
-        local = crop.rows - np.array([0, 0, *crop.box[:3], *crop.box[:3]])
-        connection.executemany(
-            "INSERT INTO crop_instances (crop_id, label, voxels, z1, y1, x1, z2, y2, x2) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [(crop_id, *values) for values in local.tolist()],
-        )
-    labels = scan.instances[:, 0]
+    connection.executemany("INSERT INTO instances VALUES (?, ?, ?)", instances)
     connection.executemany(
-        "INSERT INTO instances (volume_id, id, label, class, voxels, z1, y1, x1, z2, y2, x2) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (volume_id, rank, values[0], class_id, *values[1:])
-            for rank, (values, class_id) in enumerate(
-                zip(scan.instances.tolist(), _classes_of(row, labels), strict=True), start=1
-            )
-        ],
+        "INSERT INTO crop_columns VALUES (?, ?, ?, ?)",
+        ((name, volume_id, block, data) for name, block, data in source.rows("crop_columns")),
     )
-    crops = (volume_id, first_crop, first_crop + num_crops)
-    connection.execute(
-        "UPDATE crop_instances SET (id, class, truncated) = (SELECT i.id, i.class, crop_instances.voxels < i.voxels "
-        "FROM instances AS i WHERE i.volume_id = ? AND i.label = crop_instances.label) "
-        "WHERE crop_id >= ? AND crop_id < ?",
-        crops,
-    )
-    connection.execute(
-        "UPDATE crops SET num_instances = (SELECT COUNT(*) FROM crop_instances AS c WHERE c.crop_id = crops.id "
-        "AND (NOT c.truncated OR c.voxels >= ?)) WHERE id >= ? AND id < ?",
-        (config["min_voxels"], *crops[1:]),
-    )
-    connection.execute(
-        "UPDATE volumes SET num_instances = ?, num_crops = ? WHERE id = ?", (len(labels), num_crops, volume_id)
+    connection.executemany(
+        "INSERT INTO crop_instances VALUES (?, ?, ?)",
+        ((volume_id, block, packed) for block, packed in source.rows("crop_instances")),
     )
 
 
-def _classes_of(row: ManifestRow, labels: np.ndarray) -> list[int]:
-    if isinstance(row.classes, Mapping):
-        missing = [int(label) for label in labels if int(label) not in row.classes]
-        if missing:
-            shown = f"{missing[:10]}{' …' if len(missing) > 10 else ''}"
-            raise ValueError(f"{row.name}: label ids {shown} have no class; add them to the class table")
-        return [int(row.classes[int(label)]) for label in labels]
-    return [int(row.classes)] * len(labels)
+def _classes_of(row: ManifestRow, labels: np.ndarray) -> np.ndarray:
+    if not isinstance(row.classes, Mapping):
+        return np.full(len(labels), row.classes)
+    classes = row.classes
+    missing = [label for label in labels.tolist() if label not in classes]
+    if missing:
+        shown = f"{missing[:10]}{' …' if len(missing) > 10 else ''}"
+        raise ValueError(f"{row.name}: label ids {shown} have no class; add them to the class table")
+    return np.array([classes[label] for label in labels.tolist()])
 
 
 def _check_attributes(rows: Iterable[ManifestRow]) -> None:
@@ -290,15 +359,47 @@ def _check_attributes(rows: Iterable[ManifestRow]) -> None:
         raise ValueError(f"manifest columns {', '.join(taken)} are names of the index itself; rename them")
 
 
+def _check_duplicates(
+    rows: Sequence[ManifestRow], files: Sequence[Mapping[str, Volume]], evidence: Sequence[Mapping[str, Evidence]]
+) -> None:
+    """One image under two names: refused across splits, else a warning."""
+    first: dict[str, int] = {}
+    for position, row in enumerate(rows):
+        other = first.setdefault(evidence[position]["image"]["sample"], position)
+        if other == position:
+            continue
+        a, b = files[other]["image"], files[position]["image"]
+        if is_constant(a) or full_evidence(a)["voxels"] != full_evidence(b)["voxels"]:
+            continue
+        text = f"{rows[other].name!r} and {row.name!r} are the same image, {rows[other].image} and {row.image}"
+        if rows[other].split != row.split:
+            raise ValueError(f"{text}, in the splits {rows[other].split} and {row.split}; remove one of them")
+        logger.warning("%s; remove one of them unless that is meant", text)
+
+
+def _scan_config(config: DataConfig) -> dict[str, Any]:
+    """The keys that a scan depends on."""
+    return {key: value for key, value in config.to_json().items() if key != "where"}
+
+
 def _row_json(row: ManifestRow) -> list[Any]:
     classes = sorted(row.classes.items()) if isinstance(row.classes, Mapping) else row.classes
-    paths = [str(Path(row.image).absolute()), str(Path(str(row.label)).absolute())]
+    paths = [None if getattr(row, column) is None else _stored(getattr(row, column)) for column in FILE_COLUMNS]
     attributes = sorted(row.attributes.items())
     return [row.name, *paths, row.axes, row.spacing_um, row.specimen, row.split, classes, attributes]
 
 
-def _triple(value: Sequence[int], name: str) -> tuple[int, int, int]:
-    numbers = tuple(int(n) for n in value)
-    if len(numbers) != 3 or any(n < 1 for n in numbers):
-        raise ValueError(f"{name}={value} is not three positive voxel counts; give (z, y, x)")
-    return numbers
+def _stored(path: Location) -> str:
+    return path if isinstance(path, str) and "://" in path else os.path.abspath(path)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_now(path: Path) -> str | None:
+    return file_digest(path) if path.exists() else "gone"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

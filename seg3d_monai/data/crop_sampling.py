@@ -15,7 +15,6 @@ from typing import Literal, get_args
 import numpy as np
 
 from seg3d_monai.data.crop_index import CropIndex, VolumeRecord
-from seg3d_monai.data.label_scan import crop_starts
 
 Balance = Literal["volume", "specimen", "crop", "instance"]
 Roi = tuple[int, int, int, int, int, int]
@@ -66,8 +65,8 @@ class CropSampler:
             raise ValueError(f"foreground_prob={foreground_prob} is not a probability; use a number from 0 to 1")
         if balance not in get_args(Balance):
             raise ValueError(f"balance={balance!r} is unknown; use one of {', '.join(get_args(Balance))}")
-        crops = index.crop_ids(where=where, split=split)
-        if len(crops) == 0:
+        self.volumes, self._selection = index.select(where=where, split=split)
+        if len(self._selection) == 0:
             raise ValueError(
                 f"no crop of {index.path.name} matches where={where!r} and split={split!r}; "
                 f"its splits are {', '.join(index.splits)}"
@@ -75,10 +74,8 @@ class CropSampler:
         self._index = index
         self._crop_size = tuple(int(n) for n in crop_size)
         self._foreground_prob = foreground_prob
-        self.volumes = index.volumes(where=where, split=split)
-        self._crops = [crops[crops[:, 1] == volume.id] for volume in self.volumes]
-        weights = _weights(self.volumes, [len(c) for c in self._crops], balance)
-        occupied = np.array([bool((c[:, 2] > 0).any()) for c in self._crops])
+        weights = _weights(self.volumes, self._selection.num_crops, balance)
+        occupied = self._selection.num_occupied > 0
         self._anywhere = np.cumsum(weights / weights.sum())
         self._occupied = np.cumsum(weights * occupied / (weights * occupied).sum()) if occupied.any() else None
 
@@ -88,10 +85,11 @@ class CropSampler:
         cumulative = self._occupied if foreground else self._anywhere
         assert cumulative is not None
         position = min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(self.volumes) - 1)
-        volume, crops = self.volumes[position], self._crops[position]
+        volume = self.volumes[position]
         extent = np.minimum(self._crop_size, volume.shape[1:])
         last = np.array(volume.shape[1:]) - extent
-        whole = len(crops) == volume.num_crops
+        num_crops = self._selection.num_occupied if foreground else self._selection.num_crops
+        whole = self._selection.num_crops[position] == volume.num_crops
 
         box: np.ndarray | None = None
         crop_id = 0
@@ -100,8 +98,8 @@ class CropSampler:
             if foreground:
                 box = self._index.instances(volume.id, ids=[int(rng.integers(volume.num_instances)) + 1]).boxes[0]
         else:
-            candidates = crops[crops[:, 2] > 0] if foreground else crops
-            crop = self._index.crop(int(candidates[int(rng.integers(len(candidates))), 0]))
+            rank = int(rng.integers(num_crops[position]))
+            crop = self._index.crop(self._selection.crop(position, rank, occupied=foreground))
             crop_id = crop.id
             if foreground:
                 inside = self._index.crop_instances(crop.id)
@@ -118,14 +116,7 @@ class CropSampler:
 
     def _nearest_crop(self, volume: VolumeRecord, roi: Roi) -> int:
         """The crop of the grid whose centre is nearest to the region's."""
-        number = 0
-        for axis, (size, crop, stride) in enumerate(
-            zip(volume.shape[1:], self._index.crop_size, self._index.stride, strict=True)
-        ):
-            starts = np.array(crop_starts(size, crop, stride))
-            centre = roi[axis] + roi[axis + 3]
-            number = number * len(starts) + int(np.argmin(np.abs(2 * starts + min(crop, size) - centre)))
-        return volume.first_crop + number
+        return volume.first_crop + self._index.grid(volume.shape[1:]).nearest(roi)
 
 
 def _holding(box: np.ndarray, extent: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,9 +125,9 @@ def _holding(box: np.ndarray, extent: np.ndarray, low: np.ndarray, high: np.ndar
     return np.clip(first, low, high), np.clip(last, low, high)
 
 
-def _weights(volumes: Sequence[VolumeRecord], num_crops: Sequence[int], balance: Balance) -> np.ndarray:
+def _weights(volumes: Sequence[VolumeRecord], num_crops: np.ndarray, balance: Balance) -> np.ndarray:
     if balance == "crop":
-        return np.array(num_crops, np.float64)
+        return num_crops.astype(np.float64)
     if balance == "instance":
         return np.array([max(1, volume.num_instances) for volume in volumes], np.float64)
     if balance == "specimen":

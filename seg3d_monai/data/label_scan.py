@@ -1,183 +1,193 @@
-"""One streaming pass over a label volume: every instance's box and size, in the volume and in each crop of a grid.
+"""From label voxels to the instances of every crop, each voxel looked at once.
 
-The faces of all crops cut the volume into cells that do not overlap. Each cell is read once and measured once; a crop
-is the union of its cells, and so is the volume. Overlapping crops therefore cost no second reading, and memory holds
-one slab and the rows of unfinished crops.
+`measure_block` reduces a block to rows, one for each instance and each cell that the faces of the crops cut: it finds
+runs of equal ids along x, of which there are far fewer than voxels, and sorts those. `join_crops` makes crops of cells,
+so that overlapping crops cost no second reading; `join_instances` makes instances of the whole volume.
 
-Must not know: SQLite, manifests, images.
+Must not know: SQLite, files, manifests, images.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
 
 import numpy as np
 
-from seg3d_monai.data.targets import IGNORE, compact_labels, instance_extents
-from seg3d_monai.data.volume import Volume
+from seg3d_monai.data.crop_grid import CropGrid
+from seg3d_monai.data.targets import compact_labels
 
-_MAX_CELL = 256  # voxels along an axis: bounds the memory of one cell whatever the crop size
-_ROW = 8  # id, voxels, z1, y1, x1, z2, y2, x2
+NUM_COLUMNS = 8
+"""Columns of rows: label id, voxels, z1, y1, x1, z2, y2, x2 in the volume frame; the id -1 is ignore."""
+
+
+def check_label(dtype: np.dtype, num_channels: int, name: str) -> None:
+    """See that a volume can hold labels.
+
+    Raises:
+        ValueError: it is not of integers, or has several channels.
+    """
+    if dtype.kind not in "iu":
+        raise ValueError(f"{name}: labels have dtype {dtype}; save instance ids as integers (uint16 or uint32)")
+    if num_channels != 1:
+        raise ValueError(f"{name}: labels have {num_channels} channels; a label volume has one")
+
+
+def measure_block(block: np.ndarray, corner: Sequence[int], grid: CropGrid, *, name: str = "label") -> np.ndarray:
+    """Measure the instances of a block within each cell of the grid.
+
+    Args:
+        block: integer [d, h, w], 0 background, the dtype's maximum is ignore.
+        corner: first voxel (z, y, x) of the block in the volume.
+        grid: of the volume.
+        name: what errors call the volume.
+
+    Returns:
+        Rows, int64 [n, 8], see `NUM_COLUMNS`; no two of the same id in the same cell.
+
+    Raises:
+        ValueError: an id is negative, or 2**63 and more.
+    """
+    if block.size == 0:
+        return np.zeros((0, NUM_COLUMNS), np.int64)
+    height, width = block.shape[1:]
+    flat = np.ascontiguousarray(block).reshape(-1)
+    changes = np.empty(flat.shape, bool)
+    changes[0] = True
+    np.not_equal(flat[1:], flat[:-1], out=changes[1:])
+    cell_z, cell_y, cell_x = (
+        np.searchsorted(faces, np.arange(first, first + size), side="right") - 1
+        for faces, first, size in zip(grid.faces, corner, block.shape, strict=True)
+    )
+    # A run ends with its row and with its cell.
+    changes.reshape(-1, width)[:, np.flatnonzero(np.diff(cell_x, prepend=-1))] = True
+    starts = np.flatnonzero(changes)
+    lengths = np.diff(starts, append=flat.size)
+    ids = flat[starts]
+    marked = np.flatnonzero(ids)
+    starts, lengths, ids = starts[marked], lengths[marked], ids[marked]
+    if len(starts) == 0:
+        return np.zeros((0, NUM_COLUMNS), np.int64)
+    if ids.dtype.kind == "i" and int(ids.min()) < 0:
+        raise ValueError(
+            f"{name}: labels hold {int(ids.min())}; ids are positive, 0 is background, and ignore is "
+            f"{np.iinfo(ids.dtype).max}, the maximum of {ids.dtype}"
+        )
+    codes, known = compact_labels(ids, ignore=int(np.iinfo(ids.dtype).max))
+    if len(known) and int(known.min()) < 0:
+        raise ValueError(f"{name}: labels hold ids of 2**63 or more; renumber them")
+
+    plane, x = np.divmod(starts, width)
+    z, y = np.divmod(plane, height)
+    cells = [values - values[0] for values in (cell_z, cell_y, cell_x)]
+    key = (cells[0][z] * (cells[1][-1] + 1) + cells[1][y]) * (cells[2][-1] + 1) + cells[2][x]
+    key *= len(known) + 1
+    key += np.maximum(codes, 0)
+    order, first = _groups(key)
+    x, y, z, codes, lengths = x[order], y[order], z[order], codes[order], lengths[order]
+    last = np.append(first[1:], len(order)) - 1
+    rows = np.empty((len(first), NUM_COLUMNS), np.int64)
+    rows[:, 0] = np.concatenate([[-1], known])[np.maximum(codes[first], 0)]
+    rows[:, 1] = np.add.reduceat(lengths, first)
+    rows[:, 2], rows[:, 5] = z[first], z[last] + 1  # runs of a group are in the order of the voxels
+    rows[:, 3], rows[:, 6] = np.minimum.reduceat(y, first), np.maximum.reduceat(y, first) + 1
+    rows[:, 4], rows[:, 7] = np.minimum.reduceat(x, first), np.maximum.reduceat(x + lengths, first)
+    rows[:, 2:5] += np.asarray(corner)
+    rows[:, 5:8] += np.asarray(corner)
+    return rows
+
+
+def join_instances(rows: np.ndarray) -> np.ndarray:
+    """Join rows of the same id, whatever their cells: voxels add up, boxes unite.
+
+    Args:
+        rows: int64 [n, 8].
+
+    Returns:
+        int64 [m, 8], ascending ids.
+    """
+    if len(rows) == 0:
+        return rows
+    order, first = _groups(rows[:, 0] - rows[:, 0].min())
+    return np.column_stack([rows[order[first], 0], _reduce(rows[order], first)])
 
 
 @dataclass(frozen=True)
-class ScannedCrop:
-    """What one crop of the grid holds.
+class CropRows:
+    """What the crops of one layer of the grid hold, sorted by crop, then by instance.
 
     Args:
-        box: (z1, y1, x1, z2, y2, x2) in the volume frame.
-        rows: int64 [n, 8]: label id, visible voxels, box in the volume frame; ascending ids.
-        foreground: labelled voxels.
-        ignored: voxels marked ignore.
+        crops: int64 [n], number of the crop within the layer.
+        ids: int64 [n], of the instances, as the rows had them.
+        voxels: int64 [n], visible in the crop.
+        boxes: int64 [n, 6], in the frame of the crop.
     """
 
-    box: tuple[int, int, int, int, int, int]
-    rows: np.ndarray
-    foreground: int
-    ignored: int
+    crops: np.ndarray
+    ids: np.ndarray
+    voxels: np.ndarray
+    boxes: np.ndarray
 
 
-@dataclass
-class _Cell:
-    rows: np.ndarray
-    foreground: int
-    ignored: int
-
-
-def crop_starts(size: int, crop: int, stride: int) -> list[int]:
-    """First voxels of the crops along one axis; the last crop is flush with the border, a short axis has one crop."""
-    if size <= crop:
-        return [0]
-    starts = list(range(0, size - crop + 1, stride))
-    if starts[-1] != size - crop:
-        starts.append(size - crop)
-    return starts
-
-
-class LabelScan:
-    """Scans a label volume once; iterate over it for the crops, then read `instances`.
+def join_crops(rows: np.ndarray, grid: CropGrid, layer: int) -> CropRows:
+    """Join the rows of cells into those of the crops of one layer.
 
     Args:
-        label: label volume with one channel; 0 background, the dtype's maximum is ignore.
-        crop_size: extent of a crop, (z, y, x) voxels.
-        stride: step of the grid, (z, y, x) voxels, at most the crop size.
-        max_voxels: voxels read at a time, where a single cell allows it.
-        name: what errors call the volume.
+        rows: int64 [n, 8] with ids from 0 below 2**31; all that lie in the layer, and any others.
+        grid: of the volume.
+        layer: which of the crops along z.
     """
-
-    def __init__(
-        self,
-        *,
-        label: Volume,
-        crop_size: Sequence[int],
-        stride: Sequence[int],
-        max_voxels: int = 1 << 26,
-        name: str = "label",
-    ) -> None:
-        dtype = np.dtype(label.dtype)
-        if dtype.kind not in "iu":
-            raise ValueError(f"{name}: labels have dtype {dtype}; save instance ids as integers (uint16 or uint32)")
-        if label.shape[0] != 1:
-            raise ValueError(f"{name}: labels have {label.shape[0]} channels; a label volume has one")
-        self._label = label
-        self._name = name
-        self._dtype = dtype
-        self._max_voxels = max_voxels
-        self._shape = tuple(int(n) for n in label.shape[1:])
-        self._crop = tuple(min(c, n) for c, n in zip(crop_size, self._shape, strict=True))
-        self.starts = [crop_starts(n, c, s) for n, c, s in zip(self._shape, self._crop, stride, strict=True)]
-        self._edges = [_edges(n, c, starts) for n, c, starts in zip(self._shape, self._crop, self.starts, strict=True)]
-        self.instances = np.zeros((0, _ROW), np.int64)
-
-    def __iter__(self) -> Iterator[ScannedCrop]:
-        """Yield the crops in z, y, x order of the grid; afterwards `instances` holds the rows of the whole volume."""
-        self.instances = np.zeros((0, _ROW), np.int64)
-        cells: dict[tuple[int, int, int], _Cell] = {}
-        waiting = list(self.starts[0])
-        _, size_y, size_x = self._shape
-        for layers in _groups(self._edges[0], self._max_voxels // max(size_y * size_x, 1)):
-            fresh = dict(self._measure(layers))
-            self.instances = _merge([self.instances, *(cell.rows for cell in fresh.values())])
-            cells.update(fresh)
-            done = self._edges[0][layers.stop]
-            while waiting and waiting[0] + self._crop[0] <= done:
-                z = waiting.pop(0)
-                yield from (self._crop_of(cells, (z, y, x)) for y, x in product(self.starts[1], self.starts[2]))
-            needed = waiting[0] if waiting else done
-            cells = {key: cell for key, cell in cells.items() if self._edges[0][key[0] + 1] > needed}
-
-    def _measure(self, layers: range) -> Iterator[tuple[tuple[int, int, int], _Cell]]:
-        edges_z, edges_y, edges_x = self._edges
-        z1, z2 = edges_z[layers.start], edges_z[layers.stop]
-        for rows in _groups(edges_y, self._max_voxels // max((z2 - z1) * self._shape[2], 1)):
-            y1, y2 = edges_y[rows.start], edges_y[rows.stop]
-            for columns in _groups(edges_x, self._max_voxels // max((z2 - z1) * (y2 - y1), 1)):
-                x1, x2 = edges_x[columns.start], edges_x[columns.stop]
-                block = self._label.read((z1, y1, x1, z2, y2, x2))[0]
-                if self._dtype.kind == "i" and int(block.min()) < 0:
-                    raise ValueError(
-                        f"{self._name}: labels hold {int(block.min())}; ids are positive, 0 is background, and "
-                        f"ignore is {np.iinfo(self._dtype).max}, the maximum of {self._dtype}"
-                    )
-                for key in product(layers, rows, columns):
-                    low = [edges[k] for edges, k in zip(self._edges, key, strict=True)]
-                    high = [edges[k + 1] for edges, k in zip(self._edges, key, strict=True)]
-                    part = block[low[0] - z1 : high[0] - z1, low[1] - y1 : high[1] - y1, low[2] - x1 : high[2] - x1]
-                    yield key, self._cell(part, low)
-
-    def _cell(self, part: np.ndarray, corner: Sequence[int]) -> _Cell:
-        codes, ids = compact_labels(part, ignore=int(np.iinfo(self._dtype).max))
-        if len(ids) and int(ids.min()) < 0:
-            raise ValueError(f"{self._name}: labels hold ids of 2**63 or more; renumber them")
-        boxes, voxels = instance_extents(codes, len(ids))
-        boxes += np.array([*corner, *corner])
-        rows = np.column_stack([ids, voxels, boxes]).astype(np.int64)
-        return _Cell(rows=rows, foreground=int(voxels.sum()), ignored=int((codes == IGNORE).sum()))
-
-    def _crop_of(self, cells: dict[tuple[int, int, int], _Cell], corner: tuple[int, int, int]) -> ScannedCrop:
-        spans = [
-            range(bisect_left(edges, start), bisect_left(edges, start + extent))
-            for edges, start, extent in zip(self._edges, corner, self._crop, strict=True)
-        ]
-        inside = [cells[(z, y, x)] for z, y, x in product(*spans)]
-        z, y, x = corner
-        return ScannedCrop(
-            box=(z, y, x, z + self._crop[0], y + self._crop[1], x + self._crop[2]),
-            rows=_merge([cell.rows for cell in inside]),
-            foreground=sum(cell.foreground for cell in inside),
-            ignored=sum(cell.ignored for cell in inside),
-        )
-
-
-def _edges(size: int, crop: int, starts: Sequence[int]) -> list[int]:
-    """Borders of the cells along an axis: every face of a crop, and more where a cell would be too long."""
-    faces = sorted({0, size, *starts, *(start + crop for start in starts)})
-    return [edge for low, high in pairwise(faces) for edge in range(low, high, _MAX_CELL)] + [size]
-
-
-def _groups(edges: Sequence[int], limit: int) -> Iterator[range]:
-    """Runs of neighbouring cells of at most `limit` voxels together; a single cell may be longer."""
-    first = 0
-    for cell in range(1, len(edges) - 1):
-        if edges[cell + 1] - edges[first] > limit:
-            yield range(first, cell)
-            first = cell
-    yield range(first, len(edges) - 1)
-
-
-def _merge(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Join rows of the same id: voxels add up, boxes unite."""
-    rows = np.concatenate(parts)
+    first_z = int(grid.starts[0][layer])
+    rows = rows[(rows[:, 2] >= first_z) & (rows[:, 2] < first_z + grid.extent[0])]
     if len(rows) == 0:
-        return rows
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    ids, first = np.unique(rows[:, 0], return_index=True)
+        nothing = np.zeros(0, np.int64)
+        return CropRows(nothing, nothing, nothing, np.zeros((0, 6), np.int64))
+    # Cells above each other lie in the same crops of a layer; joining them first leaves less to multiply.
+    cell_y, cell_x = (np.searchsorted(grid.faces[axis], rows[:, 2 + axis], side="right") - 1 for axis in (1, 2))
+    num_ids = int(rows[:, 0].max()) + 1
+    order, first = _groups((cell_y * len(grid.faces[2]) + cell_x) * num_ids + rows[:, 0])
+    rows = np.column_stack([rows[order[first], 0], _reduce(rows[order], first)])
+
+    (first_y, stop_y), (first_x, stop_x) = grid.covering(1, rows[:, 3]), grid.covering(2, rows[:, 4])
+    across = stop_x - first_x
+    copies = (stop_y - first_y) * across
+    source = np.repeat(np.arange(len(rows)), copies)
+    turn = np.arange(len(source)) - np.repeat(np.cumsum(copies) - copies, copies)
+    down, right = np.divmod(turn, across[source])
+    num_x = len(grid.starts[2])
+    crops = (first_y[source] + down) * num_x + first_x[source] + right
+    order, first = _groups(crops * num_ids + rows[source, 0])
+    joined = _reduce(rows[source[order]], first)
+    crops = crops[order[first]]
+    corner = np.stack([np.full(len(crops), first_z), grid.starts[1][crops // num_x], grid.starts[2][crops % num_x]], 1)
+    return CropRows(
+        crops=crops,
+        ids=rows[source[order[first]], 0],
+        voxels=joined[:, 0],
+        boxes=joined[:, 1:] - np.concatenate([corner, corner], axis=1),
+    )
+
+
+def _reduce(rows: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Voxels and boxes [m, 7] of consecutive groups of rows."""
     return np.column_stack(
         [
-            ids,
             np.add.reduceat(rows[:, 1], first),
-            np.minimum.reduceat(rows[:, 2:5], first, axis=0),
-            np.maximum.reduceat(rows[:, 5:8], first, axis=0),
+            *(np.minimum.reduceat(rows[:, column], first) for column in (2, 3, 4)),
+            *(np.maximum.reduceat(rows[:, column], first) for column in (5, 6, 7)),
         ]
     )
+
+
+def _groups(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A stable order by key, at least one and none negative, and where each group of equal keys begins in it."""
+    bits = max(1, (len(key) - 1).bit_length())
+    if int(key.max()) < 1 << (63 - bits):
+        # The place in the low bits: one plain sort gives order and stability, several times faster than argsort.
+        packed = key << bits
+        packed |= np.arange(len(key))
+        packed.sort()
+        order = packed & ((1 << bits) - 1)
+        key = packed >> bits
+    else:
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+    return order, np.flatnonzero(np.diff(key, prepend=-1))

@@ -1,15 +1,17 @@
 """Manifests from CSV and from folders, and the list of faults of a bad one."""
 
 import csv
+import json
 import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
 import zarr
 
-from seg3d_monai.data.manifest import read_manifest
+from seg3d_monai.data.manifest import location, read_manifest, select_rows
 
 BBBC050 = Path(__file__).resolve().parents[3] / "shared" / "data" / "bbbc050"
 SHAPE = (5, 12, 17)
@@ -272,3 +274,143 @@ def test_bbbc050_is_discovered():
     assert {row.spacing_um for row in rows} == {(1.75, 0.8, 0.8)}
     assert all(row.label is not None for row in rows)
     assert sum(int(row.attributes["instances"]) for row in rows) == 1377
+
+
+ENTRIES = [
+    {"image": "a.tif", "label": "a_label.tif", "name": "first", "specimen": "E1", "split": "train", "class": 4}
+    | {"spacing_z_um": 2, "spacing_y_um": 0.5, "spacing_x_um": 0.4, "quality_snr": 12, "stain": "007", "day": 7},
+    {"image": "b.tif", "label": None, "specimen": "E2", "split": "val", "quality_snr": None, "stain": " ", "day": 1.5},
+]
+
+
+def check_entries(path):
+    first, second = read_manifest(path).rows
+    assert (first.name, first.specimen, first.split, first.classes) == ("first", "E1", "train", 4)
+    assert first.spacing_um == (2.0, 0.5, 0.4)
+    assert first.attributes == {"quality_snr": 12.0, "stain": "007", "day": 7}  # text stays text
+    assert (second.name, second.label, second.attributes) == ("b", None, {"day": 1.5})
+    return first
+
+
+@pytest.mark.parametrize("wrap", [lambda entries: entries, lambda entries: {"volumes": entries}])
+def test_json(tmp_path, wrap):
+    write_pair(tmp_path, "a")
+    write_pair(tmp_path, "b")
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(wrap(ENTRIES)))
+    assert isinstance(check_entries(path).attributes["day"], int)
+    assert read_manifest(tmp_path).rows == read_manifest(path).rows
+
+
+def test_parquet(tmp_path):
+    write_pair(tmp_path, "a")
+    write_pair(tmp_path, "b")
+    path = tmp_path / "manifest.parquet"
+    # Gaps make floats of integers: the class arrives as 4.0.
+    pd.DataFrame(ENTRIES, index=[5, 9]).to_parquet(path)
+    check_entries(path)
+    assert read_manifest(tmp_path).rows == read_manifest(path).rows
+
+
+def test_classes_within_json(tmp_path):
+    write_pair(tmp_path, "a")
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps([{"image": "a.tif", "label": "a_label.tif", "classes": {"1": 0, "12": 3}}]))
+    assert read_manifest(path).rows[0].classes == {1: 0, 12: 3}
+    path.write_text(
+        json.dumps([{"image": "a.tif", "classes": {"0": 1, "2": "x"}}, {"image": "a_label.tif", "day": [1]}])
+    )
+    faults = faults_of(path)
+    assert len(faults) == 3
+    assert "row 1, classes: entry '0'" in faults[0] or "row 1, classes: entry '0'" in faults[1]
+    assert any("row 2, day: [1] is neither a number nor text" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.json", b"{", "is not JSON"),
+        ("m.json", b'{"image": "a.tif"}', "must hold a list of objects"),
+        ("m.json", b"[1]", "must hold a list of objects"),
+        ("m.json", b"[]", "'image' is missing"),
+        ("m.json", b'[{"imgae": "a.tif"}]', "did you mean 'image'"),
+        ("m.parquet", b"PAR1 and more", "is not Parquet"),
+    ],
+)
+def test_other_tables_at_fault(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_manifest(tmp_path / name)
+
+
+def test_a_mask_of_what_to_ignore(tmp_path):
+    write_pair(tmp_path, "a", label_dtype=np.uint8)
+    write_pair(tmp_path, "b", label_shape=(5, 12, 16), label_dtype=bool)
+    write_pair(tmp_path, "c", label_dtype=np.float32)
+    path = write_csv(tmp_path, ["image", "label", "ignore"], ["a.tif", "", "a_label.tif"])
+    (row,) = read_manifest(path).rows
+    assert row.ignore == tmp_path / "a_label.tif"
+    assert row.open_ignore().shape == (1, *SHAPE)
+    rows = [["b.tif", "", "b_label.tif"], ["c.tif", "", "c_label.tif"], ["a.tif", "", "gone.tif"]]
+    faults = faults_of(write_csv(tmp_path, ["image", "label", "ignore"], *rows))
+    assert len(faults) == 3
+    for place, fragment in (("row 2, ignore", "(5, 12, 16)"), ("row 3, ignore", "float32"), ("row 4, ignore", "gone")):
+        assert any(place in fault and fragment in fault for fault in faults), faults
+
+
+def test_ids_above_the_type_of_the_labels(tmp_path):
+    write_pair(tmp_path, "a")
+    write_csv(tmp_path, ["id", "class"], [65534, 0], [65535, 0], [70000, 1], name="classes.csv")
+    path = write_csv(tmp_path, ["image", "label", "classes"], ["a.tif", "a_label.tif", "classes.csv"])
+    (fault,) = faults_of(path)
+    assert "row 2, classes: ids [65535, 70000] do not fit" in fault
+    assert "uint16 holds ids below 65535" in fault
+
+
+def test_one_file_by_two_names(tmp_path):
+    write_pair(tmp_path, "a")
+    write_pair(tmp_path, "b")
+    (tmp_path / "link.tif").symlink_to("a.tif")
+    (tmp_path / "hard.tif").hardlink_to(tmp_path / "b.tif")
+    faults = faults_of(write_csv(tmp_path, ["image"], ["a.tif"], ["link.tif"], ["b.tif"], ["hard.tif"]))
+    assert len(faults) == 2
+    assert "listed twice, as 'a' and 'link'" in faults[0]
+    assert "listed twice, as 'b' and 'hard'" in faults[1]
+    header = ["image", "label", "specimen"]
+    rows = [["a.tif", "a_label.tif", "E1"], ["b.tif", "a_label.tif", "E1"]]  # two stains, drawn once
+    assert len(read_manifest(write_csv(tmp_path, header, *rows)).rows) == 2
+    rows[1][2] = "E2"
+    (fault,) = faults_of(write_csv(tmp_path, header, *rows))
+    assert "'a' of specimen 'E1' and for 'b' of 'E2'" in fault
+
+
+def test_rows_are_selected_by_a_filter(tmp_path):
+    for name in "abc":
+        write_pair(tmp_path, name)
+    header = ["image", "label", "split", "quality_image", "stain", "spacing_z_um", "spacing_y_um", "spacing_x_um"]
+    rows = [["a.tif", "a_label.tif", "train", 1, "H2B", 2, 1, 1], ["b.tif", "", "val", 2, "DAPI", "", "", ""]]
+    found = read_manifest(write_csv(tmp_path, header, *rows, ["c.tif", "", "", "", 7, "", "", ""])).rows
+    for where, expected in (
+        (None, "abc"),
+        ("", "abc"),
+        ("quality_image >= 2", "b"),
+        ('split == "train" or stain == 7', "ac"),
+        ("label == None", "bc"),
+        ("spacing_z_um > 1", "a"),
+        ('not stain == "H2B"', "bc"),
+    ):
+        assert "".join(row.name for row in select_rows(found, where)) == expected, where
+    with pytest.raises(ValueError, match="leaves no volume of 3"):
+        select_rows(found, "quality_image > 2")
+    with pytest.raises(ValueError, match="the nearest is 'quality_image'"):
+        select_rows(found, "quality > 2")
+
+
+def test_a_pattern_of_files_is_a_volume(tmp_path):
+    (tmp_path / "series").mkdir()
+    for z in range(5):
+        tifffile.imwrite(tmp_path / "series" / f"z{z:02}.tif", np.full((12, 17), z, np.uint16))
+    (row,) = read_manifest(write_csv(tmp_path, ["image"], ["series/z*.tif"])).rows
+    assert row.open_image().shape == (1, 5, 12, 17)
+    assert location(str(row.image)) == row.image
+    assert location("https://host/x.zarr") == "https://host/x.zarr"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from seg3d_monai.data import build_index, read_manifest, split_by_specimen
+from seg3d_monai.data import DataConfig, build_index, read_manifest, split_by_specimen
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "bbbc050"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="../shared/data/bbbc050 is not beside the project")
@@ -26,7 +26,7 @@ def test_the_index_counts_what_the_files_hold(tmp_path: Path) -> None:
     names = ("Emb03_t051", "Emb10_t001", "Emb10_t501")
     manifest = read_manifest(FOLDER, specimen_pattern=r"^(Emb\d+)_")
     manifest = replace(manifest, rows=tuple(row for row in manifest.rows if row.name in names))
-    index = build_index(manifest, tmp_path / "crops.sqlite", crop_size=(32, 64, 96), progress=False)
+    index = build_index(manifest, tmp_path / "crops.sqlite", DataConfig(crop_size=(32, 64, 96)), progress=False)
     for record in index.volumes():
         label = tifffile.imread(FOLDER / record.name / "labels.tif")
         image = tifffile.imread(FOLDER / record.name / "image.tif")
