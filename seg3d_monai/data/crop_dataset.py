@@ -66,7 +66,7 @@ class CropDataset(Dataset[CropSample]):
             than padding; the transform sees crop_size + 2 * margin, and what it returns is cropped at the centre.
         min_voxels: visible voxels below which a cut instance becomes ignore; the index's by default.
         min_visible: visible fraction below which a cut instance becomes ignore, 0 to 1.
-        min_object_voxels: whole voxels below which an instance becomes ignore, such as debris.
+        min_object_voxels: whole voxels below which an instance becomes ignore, such as debris; the index's by default.
         cache_bytes: bytes of decoded chunks that a process keeps; None keeps 1 GiB, and 128 MiB in a loader's worker.
 
     Raises:
@@ -88,7 +88,7 @@ class CropDataset(Dataset[CropSample]):
         margin: Sequence[int] = (0, 0, 0),
         min_voxels: int | None = None,
         min_visible: float = 0.1,
-        min_object_voxels: int = 0,
+        min_object_voxels: int | None = None,
         cache_bytes: int | None = None,
     ) -> None:
         size = tuple(int(n) for n in (index.crop_size if crop_size is None else crop_size))
@@ -110,7 +110,7 @@ class CropDataset(Dataset[CropSample]):
         self._margin = tuple(int(n) for n in margin)
         self._min_voxels = index.min_voxels if min_voxels is None else int(min_voxels)
         self._min_visible = float(min_visible)
-        self._min_object_voxels = int(min_object_voxels)
+        self._min_object_voxels = index.min_object_voxels if min_object_voxels is None else int(min_object_voxels)
         self._sampler = CropSampler(
             index=index,
             crop_size=size,
@@ -203,7 +203,15 @@ class CropDataset(Dataset[CropSample]):
         cache = self._own_cache()
         image = cache.read(("image", volume.id), lambda: self.index.open_image(volume), roi)
         label = cache.read(("label", volume.id), lambda: self.index.open_label(volume), roi)
+        if volume.ignore is not None:
+            mask = cache.read(("ignore", volume.id), lambda: self._open_ignore(volume), roi)
+            label[mask != 0] = np.iinfo(label.dtype).max
         return image, label
+
+    def _open_ignore(self, volume: VolumeRecord) -> Volume:
+        mask = self.index.open_ignore(volume)
+        assert mask is not None
+        return mask
 
     def _own_cache(self) -> VolumeCache:
         """This process's cache; one that came with a fork belongs to the parent."""

@@ -47,7 +47,7 @@ class RandTurnPlaned(RandRotate90d):
         if plane not in PLANES:
             raise ValueError(f"plane={plane!r} is none of {', '.join(PLANES)}; name the axes of one")
         self.plane = plane
-        self._axes = tuple("zyx".index(axis) for axis in plane)
+        self._axes = ("zyx".index(plane[0]), "zyx".index(plane[1]))
         super().__init__(keys=keys, prob=prob, max_k=3, spatial_axes=self._axes)
 
     def __call__(self, data: Sample, lazy: bool | None = None) -> Any:
@@ -218,7 +218,7 @@ class RandWarpd(Randomizable, MapTransform):
         amplitude = self.R.uniform(*self._elastic_um)
         points = [ceil(extent / self._period_um) + 3 for extent in extent_um]
         lattice = self.R.uniform(-amplitude, amplitude, (3, *points))
-        return bend(torch.from_numpy(lattice).to(torch.float32), extent_um / self._period_um, size.tolist())
+        return bend(torch.from_numpy(lattice).to(torch.float32), (extent_um / self._period_um).tolist(), size.tolist())
 
 
 def rotation(plane: str, angle: float) -> np.ndarray:

@@ -1,8 +1,11 @@
 """Crops, loaders and whole volumes: what an item holds, that it repeats, and where crops are drawn."""
 
+import os
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +13,31 @@ import tifffile
 import torch
 from crop_toys import boxes_by_loop, image_volume, label_volume, write_dataset
 
-from seg3d_monai.data import ArrayVolume, CropDataset, CropIndex, CropLoader, VolumeDataset, build_index, collate_crops
+from seg3d_monai.data import (
+    CropDataset,
+    CropIndex,
+    CropLoader,
+    DataConfig,
+    VolumeDataset,
+    build_index,
+    collate_crops,
+    crop_dataset,
+)
 from seg3d_monai.data.crop_dataset import CropSample
 from seg3d_monai.data.loader import EpochSampler
 from seg3d_monai.data.transforms import train_transforms
-from seg3d_monai.data.volume_cache import VolumeCache
 
 CROP = (4, 8, 6)
+STRONG: dict[str, Any] = {
+    "affine_prob": 0.8,
+    "tilt_degrees": 10.0,
+    "shear": 0.1,
+    "elastic_prob": 0.5,
+    "elastic_um": (0.5, 1.5),
+    "elastic_period_um": 4.0,
+    "coarse_z_prob": 0.3,
+    "channel_drop_prob": 0.3,
+}
 
 
 def toy(folder: Path) -> CropIndex:
@@ -37,7 +58,9 @@ def toy(folder: Path) -> CropIndex:
         "quality_image": [3, 2, 1],
     }
     manifest = write_dataset(folder, volumes, columns)
-    return build_index(manifest, folder / "i.sqlite", crop_size=CROP, stride=(2, 4, 3), min_voxels=3, progress=False)
+    return build_index(
+        manifest, folder / "i.sqlite", DataConfig(crop_size=CROP, stride=(2, 4, 3), min_voxels=3), progress=False
+    )
 
 
 def files(index: CropIndex, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +157,7 @@ def test_foreground_crops_hold_an_instance_whole(tmp_path: Path) -> None:
 def test_instances_longer_than_the_crop_fill_it(tmp_path: Path) -> None:
     label = label_volume((6, 8, 40), {4: (1, 1, 5, 5, 7, 35)})
     manifest = write_dataset(tmp_path, {"long": (image_volume(label.shape), label)})
-    index = build_index(manifest, tmp_path / "i.sqlite", crop_size=(6, 8, 10), progress=False)
+    index = build_index(manifest, tmp_path / "i.sqlite", DataConfig(crop_size=(6, 8, 10)), progress=False)
     dataset = CropDataset(index, num_samples=40, foreground_prob=1.0)
     starts = {dataset[position]["roi"][2] for position in range(40)}
     assert min(starts) >= 5
@@ -272,7 +295,7 @@ def test_ids_that_a_transform_removes_vanish(tmp_path: Path) -> None:
 
 def test_an_index_without_any_instance_gives_empty_crops(tmp_path: Path) -> None:
     manifest = write_dataset(tmp_path, {"v": (image_volume((5, 7, 9)), np.zeros((5, 7, 9), np.uint8))})
-    index = build_index(manifest, tmp_path / "i.sqlite", crop_size=(3, 4, 5), progress=False)
+    index = build_index(manifest, tmp_path / "i.sqlite", DataConfig(crop_size=(3, 4, 5)), progress=False)
     sample = CropDataset(index, num_samples=2, foreground_prob=1.0)[1]
     assert len(sample["targets"]["ids"]) == 0
     assert (sample["targets"]["label"] == 0).all()
@@ -288,10 +311,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_gives_the_same_items_whatever_the_workers(tmp_path: Path, num_workers: int) -> None:
+@pytest.mark.parametrize(("num_workers", "is_strong"), [(0, False), (2, False), (0, True), (2, True)])
+def test_a_loader_gives_the_same_items_whatever_the_workers(tmp_path: Path, num_workers: int, is_strong: bool) -> None:
     index = toy(tmp_path)
-    dataset = CropDataset(index, num_samples=7, transform=train_transforms(crop_size=CROP), margin=(1, 2, 2))
+    transform = train_transforms(crop_size=CROP, **(STRONG if is_strong else {}))
+    dataset = CropDataset(index, num_samples=7, transform=transform, margin=(1, 2, 2))
     loader = CropLoader(dataset, batch_size=3, num_workers=num_workers)
     assert len(loader) == 3
     for epoch in (0, 4, 4):
@@ -354,26 +378,87 @@ def test_a_cache_is_bounded_and_changes_nothing(tmp_path: Path) -> None:
     for position in range(12):
         assert same(cached[position], bare[position])
         assert same(cached[position], tight[position])
+    assert bare._cache is not None
     assert bare._cache.num_bytes == 0
+    assert tight._cache is not None
     assert 0 < tight._cache.num_bytes <= 30000
 
 
-def test_the_cache_drops_what_was_used_longest_ago() -> None:
-    opened: list[str] = []
+def test_a_cache_belongs_to_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = CropDataset(toy(tmp_path), num_samples=4)
+    expected = dataset[2]
+    assert dataset._cache is not None
+    assert dataset._cache.max_bytes == 1 << 30
+    assert dataset._cache.num_bytes > 0
+    travelled = pickle.loads(pickle.dumps(dataset))
+    assert travelled._cache is None
+    assert same(travelled[2], expected)
+    # After a fork the parent's memory is the child's too, and a loader's worker keeps less.
+    monkeypatch.setattr(crop_dataset, "get_worker_info", object)
+    child = os.getpid() + 1
+    monkeypatch.setattr(os, "getpid", lambda: child)
+    assert same(dataset[2], expected)
+    assert dataset._cache.max_bytes == 1 << 27
+    own = CropDataset(dataset.index, num_samples=4, cache_bytes=12_345)
+    assert same(own[2], expected)
+    assert own._cache is not None
+    assert own._cache.max_bytes == 12_345
 
-    def opener(name: str) -> ArrayVolume:
-        opened.append(name)
-        return ArrayVolume(np.full((2, 3, 5), len(opened), np.uint8))
 
-    cache = VolumeCache(max_bytes=130)  # four of 30 bytes fit
-    for name in ("a", "b", "c", "d", "a", "e"):
-        cache.read(name, lambda name=name: opener(name), (0, 0, 0, 1, 1, 1))  # type: ignore[misc]
-    assert sorted(cache._arrays) == ["a", "c", "d", "e"]
-    assert cache.num_bytes == 120
-    assert cache.read("b", lambda: opener("b"), (0, 1, 2, 2, 3, 5)).shape == (1, 2, 2, 3)
-    assert opened == ["a", "b", "c", "d", "e"]  # opening is remembered, voxels are not
-    with pytest.raises(ValueError, match="max_bytes=-1"):
-        VolumeCache(max_bytes=-1)
+def test_boxes_are_those_of_the_warped_labels(tmp_path: Path) -> None:
+    index = toy(tmp_path)
+    transform = train_transforms(crop_size=CROP, **STRONG)
+    dataset = CropDataset(index, num_samples=40, transform=transform, margin=(2, 4, 4), min_visible=0.0)
+    counts = set()
+    for position in range(40):
+        sample = dataset[position]
+        label = sample["targets"]["label"].numpy()
+        boxes = boxes_by_loop(label)
+        assert sample["targets"]["ids"].tolist() == list(boxes)
+        assert sample["targets"]["boxes"].tolist() == list(boxes.values())
+        volume = next(volume for volume in index.volumes() if volume.name == sample["volume"])
+        assert set(np.unique(label)) <= {-1, *range(volume.num_instances + 1)}
+        assert sample["image"].shape == (2, *CROP)
+        counts.add(len(boxes))
+    assert min(counts) <= 1
+    assert max(counts) > 10
+
+
+def test_masked_voxels_are_ignored_whatever_the_labels_say(tmp_path: Path) -> None:
+    label = label_volume((6, 20, 30), {2: (0, 0, 0, 3, 4, 4), 5: (1, 10, 5, 5, 16, 11), 9: (2, 15, 24, 5, 20, 30)})
+    mask = np.zeros(label.shape, np.uint8)
+    mask[:, :, 8:20] = 1  # half of 5, and background
+    mask[2:, 14:] = 7  # the other half of 5's end, and all of 9
+    tifffile.imwrite(tmp_path / "mask.tif", mask, photometric="minisblack")
+    manifest = write_dataset(tmp_path, {"v": (image_volume(label.shape), label)}, {"ignore": ["mask.tif"]})
+    index = build_index(manifest, tmp_path / "i.sqlite", DataConfig(crop_size=CROP), progress=False)
+    expected = np.where(mask != 0, -1, label.astype(int))
+    known = np.unique(expected[expected > 0]).tolist()
+    assert known == [2, 5]
+    assert index.instances(1).labels.tolist() == known
+    dataset = CropDataset(index, num_samples=30, foreground_prob=0.5, min_voxels=0, min_visible=0.0)
+    for position in range(30):
+        sample = dataset[position]
+        z1, y1, x1, z2, y2, x2 = sample["roi"]
+        to_disk = np.array([0, *known, -1])
+        assert np.array_equal(to_disk[sample["targets"]["label"].numpy()], expected[z1:z2, y1:y2, x1:x2])
+
+
+def test_a_transform_is_told_the_voxel_size(tmp_path: Path) -> None:
+    label = label_volume((6, 9, 8), {1: (0, 0, 0, 3, 4, 4)})
+    columns = {"spacing_z_um": [2, ""], "spacing_y_um": [0.5, ""], "spacing_x_um": [0.25, ""]}
+    volumes = {name: (image_volume(label.shape, seed), label) for seed, name in enumerate(("known", "unknown"))}
+    manifest = write_dataset(tmp_path, volumes, columns)
+    index = build_index(manifest, tmp_path / "i.sqlite", DataConfig(crop_size=CROP), progress=False)
+    told = {}
+
+    def look(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        told[name] = data["spacing_um"].tolist() if "spacing_um" in data else None
+        return data
+
+    for name in volumes:
+        CropDataset(index, num_samples=1, where=f'name == "{name}"', transform=look)[0]
+    assert told == {"known": [2.0, 0.5, 0.25], "unknown": None}
 
 
 @pytest.mark.parametrize(
@@ -389,6 +474,7 @@ def test_the_cache_drops_what_was_used_longest_ago() -> None:
         ({"num_samples": 0}, "num_samples=0"),
         ({"seed": -1}, "seed=-1"),
         ({"min_visible": 2.0}, "min_visible"),
+        ({"cache_bytes": -1}, "cache_bytes=-1"),
     ],
 )
 def test_arguments_that_make_no_sense(tmp_path: Path, options: dict[str, object], message: str) -> None:
@@ -400,7 +486,7 @@ def test_volumes_of_unequal_channels_are_not_mixed(tmp_path: Path) -> None:
     label = np.ones((3, 4, 5), np.uint8)
     volumes = {"one": (image_volume((1, 3, 4, 5)), label), "two": (image_volume((2, 3, 4, 5)), label)}
     manifest = write_dataset(tmp_path, volumes, {"axes": ["CZYX", "CZYX"]})
-    index = build_index(manifest, tmp_path / "i.sqlite", crop_size=(3, 4, 5), progress=False)
+    index = build_index(manifest, tmp_path / "i.sqlite", DataConfig(crop_size=(3, 4, 5)), progress=False)
     with pytest.raises(ValueError, match="channels == 1"):
         CropDataset(index, num_samples=1)
     assert CropDataset(index, num_samples=1, where="channels == 2").num_channels == 2
@@ -424,7 +510,7 @@ def test_the_voxel_size_that_volumes_have_in_common(tmp_path: Path, sizes: list[
         for i, axis in enumerate("zyx")
     }
     manifest = write_dataset(tmp_path, volumes, columns)
-    index = build_index(manifest, tmp_path / "i.sqlite", crop_size=CROP, progress=False)
+    index = build_index(manifest, tmp_path / "i.sqlite", DataConfig(crop_size=CROP), progress=False)
     found = CropDataset(index, num_samples=1).spacing_um
     assert found == (common if common is None else pytest.approx(common))
 
