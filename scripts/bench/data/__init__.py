@@ -1,0 +1,1 @@
+"""Benchmarks of the data layer; see scripts/bench_data."""

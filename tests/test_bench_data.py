@@ -1,0 +1,128 @@
+"""scripts/bench_data: its sections run, its generated index is sound, and its bars are judged rightly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seg3d_monai.data import CropIndex, build_index, read_manifest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def bench(monkeypatch):
+    """The folder of the benchmark's modules, importable."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def test_the_generated_index_is_what_it_says(tmp_path):
+    from bench.data.crops import NUM_INSTANCES, OCCUPIED, PER_CROP, SHAPE, WHERE, write_index
+
+    facts = write_index(tmp_path / "i.sqlite", 2)
+    index = CropIndex(tmp_path / "i.sqlite")
+    assert len(index) == 2 * 5000
+    assert [volume.num_instances for volume in index.volumes()] == [NUM_INSTANCES] * 2
+    crops = index.crop_ids()
+    assert (crops[:, 2] > 0).mean() == pytest.approx(OCCUPIED, rel=0.1)
+    assert crops[:, 2].sum() == facts["num_visible"]
+    occupied = crops[crops[:, 2] > 0, 0]
+    for crop_id in (occupied[0], occupied[-1], occupied[len(occupied) // 2]):
+        inside = index.crop_instances(int(crop_id))
+        assert len(inside) == len(set(inside.ids.tolist())) == PER_CROP
+        assert inside.ids.max() <= NUM_INSTANCES
+    empty = crops[crops[:, 2] == 0, 0]
+    assert len(index.crop_instances(int(empty[0]))) == 0
+    stains = {volume.id: volume.attributes for volume in index.volumes()}
+    expected = [
+        row[0]
+        for row in crops.tolist()
+        if stains[row[1]]["quality_image"] >= 2
+        and stains[row[1]]["stain"] == "H2B"
+        and row[2] >= 5
+        and index.crop(row[0]).foreground_fraction > 0.02
+    ]
+    assert index.crop_ids(where=WHERE)[:, 0].tolist() == expected
+    assert index.crop(len(index)).roi[3:] == SHAPE
+
+
+def test_the_labels_to_build_from_are_cells_with_ids_of_their_own(tmp_path):
+    from bench.data.build import CONFIG, EMPTY, tile_of_cells, write_data
+
+    tile = tile_of_cells((32, 48, 40))
+    assert (tile == 0).mean() == pytest.approx(EMPTY, abs=0.15)
+    assert write_data(tmp_path / "build", is_quick=True) == 2
+    manifest = read_manifest(tmp_path / "build" / "manifest.csv")
+    index = build_index(manifest, tmp_path / "i.sqlite", CONFIG, progress=False)
+    for record in index.volumes():
+        label = index.open_label(record).read((0, 0, 0, *record.shape[1:]))
+        assert record.num_instances == len(np.unique(label)) - 1
+
+
+def test_bars_met_and_missed():
+    from bench.data.bars import verdicts
+    from bench.data.report import bars_table
+
+    crops = {"num_crops": 10_000_000, "open_ms": 50.0, "record_ms": 0.29, "count_s": 0.9}
+    reads = {"gigabytes": 1.07, "format": "Zarr", "bare_over_ours": 0.89, "whole_over_ours": 20.0}
+    result = {
+        "build": [{"voxels": 2e9, "build_over_read": 0.3, "speed_up": 1.69}],
+        "crops": [{**crops, "sampler_s": 1.0, "sampler_peak_mb": None}],
+        "reads": [reads],
+        "samples": [{"augmentation": "default", "ratio": 5.1}],
+        "loader_memory": [{"gigabytes": 4.3, "peak_mb": 499.0}],
+    }
+    rows = list(verdicts(result))
+    expected = [True, False, False, True, True, False, None, False, True, True, True]
+    assert [row["met"] for row in rows] == expected
+    endings = [text.split("  ")[-1].strip() for text in bars_table(rows).splitlines()[2:]]
+    assert endings == [{True: "yes", False: "NO", None: "not measured"}[met] for met in expected]
+
+
+def test_variables_are_put_back(monkeypatch):
+    from bench.data.build import environment
+
+    monkeypatch.setenv("BENCH_A", "old")
+    with environment({"BENCH_A": "new", "BENCH_B": "1"}):
+        assert (os.environ["BENCH_A"], os.environ["BENCH_B"]) == ("new", "1")
+    assert os.environ["BENCH_A"] == "old"
+    assert "BENCH_B" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--folder", "nowhere"], "--folder nowhere does not exist"), (["--threads", "0"], "--threads")],
+)
+def test_refuses_in_one_line(words, message):
+    shown = run_bench(*words, check=False)
+    assert shown.returncode == 2
+    assert message in shown.stderr
+    assert shown.stderr.count("\n") == 1
+
+
+def run_bench(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(SCRIPTS / "bench_data"), *words],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=check,
+    )
+
+
+def test_quick_run_writes_what_it_promises(tmp_path):
+    file = tmp_path / "deeper" / "quick.json"
+    shown = run_bench("--quick", "--only", "crops", "reads", "--folder", str(tmp_path), "--json", str(file)).stdout
+    result = json.loads(file.read_text())
+    assert result["is_quick"] is True
+    assert {"hardware", "versions", "operators", "method", "command"} <= set(result)
+    assert result["crops"][0]["num_crops"] == 4 * 5000
+    assert [row["format"] for row in result["reads"]] == ["Zarr", "TIFF"]
+    assert result["build"] == result["samples"] == result["loader_memory"] == []
+    assert len(result["bars"]) == 5 + 4
+    assert "An index of many crops" in shown
+    assert "QUICK" in shown
