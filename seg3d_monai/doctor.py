@@ -34,7 +34,7 @@ DEPENDENCIES = (
 EXTRAS = {
     "cluster": ("ray", "deepspeed"),
     "view": ("napari", "napari_ome_zarr"),
-    "formats": ("czifile", "h5py"),
+    "formats": ("pylibCZIrw", "h5py", "hdf5plugin", "z5py", "aiohttp"),
     "dev": ("pytest", "ruff", "mypy"),
 }
 

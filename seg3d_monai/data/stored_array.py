@@ -1,13 +1,17 @@
 """An n-dimensional array in a file, with what its metadata say about axes and voxel size.
 
-The readers of one format each (TIFF, Zarr, NIfTI) give a `StoredArray`; `volume.py` turns it into (C, Z, Y, X). Here
-live the rules on axis names and units that all formats share. Nothing here may know a format.
+The readers of one format each (TIFF, Zarr, NIfTI, ...) give a `StoredArray`; `volume.py` turns it into (C, Z, Y, X).
+Here live the rules on axis names, units, levels and scenes that all formats share. Nothing here may know a format.
 """
 
 from __future__ import annotations
 
+import math
+import operator
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -50,6 +54,19 @@ AXES_CHOICES = {
 }
 
 
+@dataclass(frozen=True)
+class StoredLevel:
+    """One level of a pyramid.
+
+    Attributes:
+        name: what the file calls it: "0", "s1".
+        spacing_um: micrometres per voxel for those of Z, Y, X that the file gives.
+    """
+
+    name: str
+    spacing_um: Mapping[str, float]
+
+
 class StoredArray(ABC):
     """An array on disk whose regions can be read without reading the rest.
 
@@ -61,6 +78,9 @@ class StoredArray(ABC):
         chunks: extent of the stored pieces (chunk, tile, strip or page) along every axis.
         spacing_um: micrometres per voxel for those of Z, Y, X that the file gives.
         num_bytes: size of the file, None where that is not one number.
+        levels: the levels of the pyramid, finest first.
+        level: which of them this is, from 0.
+        survives_fork: whether a forked child may go on using this object.
     """
 
     location: str
@@ -70,6 +90,9 @@ class StoredArray(ABC):
     chunks: tuple[int, ...]
     spacing_um: dict[str, float]
     num_bytes: int | None
+    levels: tuple[StoredLevel, ...]
+    level: int
+    survives_fork = True
 
     @abstractmethod
     def read_region(self, region: Sequence[slice]) -> np.ndarray:
@@ -100,6 +123,111 @@ def spacing_zyx(spacing_um: Mapping[str, float]) -> tuple[float, float, float] |
     if not all(np.isfinite(value) and value > 0 for value in values):
         return None
     return values[0], values[1], values[2]
+
+
+def find_level(level: int | str, levels: Sequence[StoredLevel], location: str) -> int:
+    """Which level of a pyramid is meant.
+
+    Args:
+        level: its number from 0; its name; or a voxel size, "2um" or "4,1,1um" (z, y, x; any unit of length), for the
+            level whose voxels come nearest to it.
+        levels: what there is, finest first.
+        location: what to call the array in messages.
+
+    Returns:
+        The number of the level. Nearest is the least sum over the axes of |log(size / asked)|, the finer one of two.
+
+    Raises:
+        ValueError: there is no such level, or the file does not know its voxel sizes.
+        TypeError: `level` is neither an integer nor text.
+    """
+    names = [stored.name for stored in levels]
+    if isinstance(level, str):
+        if level in names:
+            return names.index(level)
+        number = re.fullmatch(r"[\[(]?\s*([\d.]+(?:\s*,\s*[\d.]+){2}|[\d.]+)\s*[\])]?\s*([^\W\d_]+)", level.strip())
+        unit_um = micrometres(number[2]) if number else None
+        if number and unit_um is not None:
+            asked = [float(value) * unit_um for value in number[1].split(",")]
+            if min(asked) > 0:
+                return _nearest_level(asked if len(asked) == 3 else asked * 3, levels, level, location)
+        if re.fullmatch(r"-?\d+", level.strip()):
+            level = int(level)
+    else:
+        try:
+            level = operator.index(level)
+        except TypeError:
+            raise TypeError(f"level={level!r} must be a number, a name, or a voxel size such as '2um'") from None
+    if isinstance(level, str) or not 0 <= level < len(levels):
+        raise ValueError(
+            f"{location}: level={level!r} is not there; it has {len(levels)} level(s), counted from 0"
+            f"{_level_list(levels)}"
+        )
+    return level
+
+
+def _nearest_level(asked_um: Sequence[float], levels: Sequence[StoredLevel], level: str, location: str) -> int:
+    sizes = [spacing_zyx(stored.spacing_um) for stored in levels]
+    far = [
+        math.inf if size is None else sum(abs(math.log(s / a)) for s, a in zip(size, asked_um, strict=True))
+        for size in sizes
+    ]
+    if not far or min(far) == math.inf:
+        raise ValueError(
+            f"{location}: level={level!r} asks for a voxel size, and the file gives none; choose a level by number, 0 "
+            f"to {len(levels) - 1}"
+        )
+    # Sizes that differ by rounding only count as the same.
+    return next(i for i, distance in enumerate(far) if distance <= min(far) + 1e-6)
+
+
+def _level_list(levels: Sequence[StoredLevel]) -> str:
+    """The levels of a pyramid with their voxel sizes, for a message; empty where there is one only."""
+    words = []
+    for index, stored in enumerate(levels):
+        size = spacing_zyx(stored.spacing_um)
+        named = "" if stored.name == str(index) else f" '{stored.name}'"
+        words.append(f"{index}{named}" + ("" if size is None else " of ({:.4g}, {:.4g}, {:.4g}) um".format(*size)))
+    return f": {', '.join(words)}" if len(levels) > 1 else ""
+
+
+def find_scene(scene: int | str | None, names: Sequence[str], location: str) -> int:
+    """Which image of a file with several is meant.
+
+    Args:
+        scene: its number from 0 or its name; None where there is only one.
+        names: what there is.
+        location: what to call the file in messages.
+
+    Returns:
+        Its number.
+
+    Raises:
+        ValueError: there is no such image, or there are several and none was named.
+        TypeError: `scene` is neither an integer nor text.
+    """
+    if scene is None:
+        if len(names) == 1:
+            return 0
+        raise ValueError(f"{location}: holds several images; pass scene, one of: {_scene_list(names)}")
+    if isinstance(scene, str):
+        if scene in names:
+            return list(names).index(scene)
+        if re.fullmatch(r"\d+", scene.strip()):
+            scene = int(scene)
+    else:
+        try:
+            scene = operator.index(scene)
+        except TypeError:
+            raise TypeError(f"scene={scene!r} must be a number or a name") from None
+    if isinstance(scene, str) or not 0 <= scene < len(names):
+        raise ValueError(f"{location}: scene={scene!r} is not there; choose one of: {_scene_list(names)}")
+    return scene
+
+
+def _scene_list(names: Sequence[str]) -> str:
+    shown = [str(i) if name in ("", str(i)) else f"{i} ('{name}')" for i, name in enumerate(names)]
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 
 def assign_axes(shape: Sequence[int], stored_axes: str, axes: str | None, location: str) -> dict[str, int]:

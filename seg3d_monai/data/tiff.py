@@ -2,7 +2,8 @@
 
 tifffile parses the file (https://github.com/cgohlke/tifffile); the table of where each piece lies is then kept, the
 file is closed, and a read opens it, maps it and decodes only the pieces that the region touches. So no descriptor is
-held and nothing is shared with a forked process. A file that ends too early is refused when it is opened.
+held and nothing is shared with a forked process. Of a file on another machine only those pieces are fetched. A file
+that ends too early is refused when it is opened.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import struct
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -22,8 +23,10 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from seg3d_monai.data.stored_array import UNKNOWN_AXIS, StoredArray, micrometres
+from seg3d_monai.data.remote import RemoteBytes, file_size, is_url, map_bytes, open_binary
+from seg3d_monai.data.stored_array import UNKNOWN_AXIS, StoredArray, StoredLevel, find_level, find_scene, micrometres
 
+TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf2", ".tf8")
 TIFF_MAGIC = (b"II\x2a\x00", b"MM\x00\x2a", b"II\x2b\x00", b"MM\x00\x2b")
 # ImageDescription, offsets and byte counts of strips and tiles: other tags may be odd and the image still be sound.
 NEEDED_TAGS = (270, 273, 279, 324, 325)
@@ -36,37 +39,42 @@ class TiffStackError(ValueError):
 
 
 class TiffArray(StoredArray):
-    """The first image series of a TIFF file at one pyramid level.
+    """An image series of a TIFF file at one pyramid level.
 
     Args:
-        path: the file.
-        level: pyramid level, 0 is full resolution.
+        path: the file, or its URL.
+        level: pyramid level, as `find_level` takes it.
+        scene: number or name of the series; None for the first, which in files with several is the image, the others
+            being thumbnails and the like.
 
     Raises:
-        ValueError: the file ends too early, lacks planes, is damaged, or has no such level.
+        ValueError: the file ends too early, lacks planes, is damaged, or has no such level or series.
     """
 
-    def __init__(self, path: str | Path, level: int = 0) -> None:
+    def __init__(self, path: str | Path, level: int | str = 0, scene: int | str | None = None) -> None:
         self.location = str(path)
-        self.num_bytes = os.path.getsize(path)
+        self.num_bytes = file_size(path)
         check_page_chain(path)
         try:
-            with tifffile.TiffFile(path) as tif:
-                self._parse(tif, level)
+            with open_binary(path) if is_url(path) else nullcontext(path) as file, tifffile.TiffFile(file) as tif:
+                self._parse(tif, level, scene)
         except (TiffStackError, OSError, MemoryError):
             raise
         except Exception as error:
             raise TiffStackError(f"{path}: cannot be read as TIFF ({error}); write the file again") from error
 
-    def _parse(self, tif: tifffile.TiffFile, level: int) -> None:
+    def _parse(self, tif: tifffile.TiffFile, level: int | str, scene: int | str | None) -> None:
         if not tif.series:
             raise TiffStackError(f"{self.location}: holds no image")
-        series = tif.series[0]
-        if not 0 <= level < len(series.levels):
-            raise TiffStackError(f"{self.location}: level={level} is not there; choose 0 to {len(series.levels) - 1}")
-        spacing_um = _spacing_um(tif, series)
-        base_shape = dict(zip(*_full(series), strict=True))
-        series = series.levels[level]
+        try:
+            number = find_scene(0 if scene is None else scene, [one.name for one in tif.series], self.location)
+            series = tif.series[number]
+            self.file_spacing_um = _spacing_um(tif, series, number)
+            self.levels = _levels(series, self.file_spacing_um)
+            self.level = find_level(level, self.levels, self.location)
+        except ValueError as error:
+            raise TiffStackError(str(error)) from None
+        series = series.levels[self.level]
         if series.transform is not None:
             raise TiffStackError(
                 f"{self.location}: TIFF of kind {series.kind!r} is not supported; convert it to OME-TIFF"
@@ -77,11 +85,7 @@ class TiffArray(StoredArray):
             raise TiffStackError(f"{self.location}: pixel type of {keyframe.bitspersample} bits is not supported")
         self.dtype = np.dtype(keyframe.dtype).newbyteorder("=")
         self.axes = _axes(series)
-        self.spacing_um = {
-            axis: um * base_shape[axis] / self.shape[self.axes.index(axis)]
-            for axis, um in spacing_um.items()
-            if axis in self.axes
-        }
+        self.spacing_um = {axis: um for axis, um in self.levels[self.level].spacing_um.items() if axis in self.axes}
         self._keyframe = keyframe
         self._page = tuple(int(n) for n in keyframe.shaped)  # separate samples, depth, length, width, samples
         self._file_dtype = np.dtype(keyframe.dtype).newbyteorder(tif.byteorder)
@@ -114,6 +118,8 @@ class TiffArray(StoredArray):
                         "its companion files is not there); copy or write it again"
                     )
                 name = os.path.join(page.parent.filehandle.dirname, page.parent.filehandle.name)
+                if is_url(self.location):
+                    name = self.location
                 files.setdefault(name, len(files))
                 count = 1 if self._is_raw else len(page.dataoffsets)
                 offsets = np.array(page.dataoffsets[:count], dtype=np.int64)
@@ -125,13 +131,23 @@ class TiffArray(StoredArray):
             self._byte_counts = np.stack([row[2] for row in rows])
         ends = (self._offsets + self._byte_counts).max(axis=1)
         for index, name in enumerate(self._files):
-            size = os.path.getsize(name)
+            size = file_size(name)
             pages = np.flatnonzero((self._page_file == index) & (ends > size))
             if pages.size:
                 raise TiffStackError(
                     f"{name}: truncated, page {pages[0]} of {num_pages} ends at byte {ends[pages[0]]} and the file has "
                     f"{size}; copy or write it again"
                 )
+
+    @property
+    def files(self) -> list[str]:
+        """The files in which the planes lie."""
+        return list(self._files)
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes that a file of the same shape must have."""
+        return int(self._byte_counts.sum()) if self._is_raw else 1
 
     def _split_axes(self) -> None:
         """Find which stored axes number the pages and which lie inside a page."""
@@ -162,12 +178,12 @@ class TiffArray(StoredArray):
         box = tuple(next(long) if n > 1 else slice(0, 1) for n in self._page)
         flat = result.reshape((prod(extents[: self._num_lead]), *(part.stop - part.start for part in box)))
         with ExitStack() as stack:
-            maps: dict[int, mmap.mmap] = {}
+            maps: dict[int, mmap.mmap | RemoteBytes] = {}
             for out, index in zip(flat, product(*(range(part.start, part.stop) for part in lead)), strict=True):
                 page = int(np.ravel_multi_index(index, self.shape[: self._num_lead])) if index else 0
                 file = int(self._page_file[page])
                 if file not in maps:
-                    maps[file] = stack.enter_context(_map(self._files[file]))
+                    maps[file] = stack.enter_context(map_bytes(self._files[file]))
                 try:
                     self._read_page(maps[file], page, box, out)
                 except Exception as error:
@@ -176,12 +192,12 @@ class TiffArray(StoredArray):
                     ) from error
         return result
 
-    def _read_page(self, data: mmap.mmap, page: int, box: tuple[slice, ...], out: np.ndarray) -> None:
+    def _read_page(self, data: mmap.mmap | RemoteBytes, page: int, box: tuple[slice, ...], out: np.ndarray) -> None:
         if self._is_raw:
             offset = int(self._offsets[page, 0])
             if offset + int(self._byte_counts[page, 0]) > len(data):
                 raise ValueError("the file has become shorter since it was opened")
-            out[...] = np.ndarray(self._page, dtype=self._file_dtype, buffer=data, offset=offset)[box]
+            out[...] = self._raw(data, offset, box)
             return
         for index in self._segments_in(box):
             segment, place = self._decode(data, page, index)
@@ -197,6 +213,16 @@ class TiffArray(StoredArray):
             else:
                 out[tuple(target)] = segment[tuple(source[1:])]
 
+    def _raw(self, data: mmap.mmap | RemoteBytes, offset: int, box: tuple[slice, ...]) -> np.ndarray:
+        """A box of an uncompressed page: a view of the map, or the bytes from its first voxel to its last."""
+        if isinstance(data, mmap.mmap):
+            return np.ndarray(self._page, dtype=self._file_dtype, buffer=data, offset=offset)[box]
+        steps = [prod(self._page[axis + 1 :]) * self.dtype.itemsize for axis in range(5)]
+        start = sum(part.start * step for part, step in zip(box, steps, strict=True))
+        end = sum((part.stop - 1) * step for part, step in zip(box, steps, strict=True)) + self.dtype.itemsize
+        extents = [part.stop - part.start for part in box]
+        return np.ndarray(extents, self._file_dtype, data[offset + start : offset + end], strides=steps)
+
     def _segments_in(self, box: tuple[slice, ...]) -> Iterator[int]:
         counts = [-(-n // size) for n, size in zip(self._page[1:4], self._segment, strict=True)]
         ranges = [
@@ -205,7 +231,9 @@ class TiffArray(StoredArray):
         for sample, d, h, w in product(range(box[0].start, box[0].stop), *ranges):
             yield ((sample * counts[0] + d) * counts[1] + h) * counts[2] + w
 
-    def _decode(self, data: mmap.mmap, page: int, index: int) -> tuple[np.ndarray | None, tuple[int, ...]]:
+    def _decode(
+        self, data: mmap.mmap | RemoteBytes, page: int, index: int
+    ) -> tuple[np.ndarray | None, tuple[int, ...]]:
         """Decode one strip or tile: its voxels (None where the file leaves it out) and its place in the page."""
         offset, count = int(self._offsets[page, index]), int(self._byte_counts[page, index])
         encoded: bytes | None = data[offset : offset + count] if count else None
@@ -217,7 +245,7 @@ class TiffArray(StoredArray):
 
 def is_tiff(path: str | Path) -> bool:
     """Whether the first bytes are those of a TIFF or BigTIFF file."""
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         return file.read(4) in TIFF_MAGIC
 
 
@@ -230,8 +258,8 @@ def check_page_chain(path: str | Path) -> None:
     Raises:
         TiffStackError: a header or tag lies beyond the end of the file: the file is truncated.
     """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    size = file_size(path)
+    with open_binary(path) as file:
         head = file.read(16)
         if len(head) < 8 or head[:4] not in TIFF_MAGIC:
             raise TiffStackError(f"{path}: not a TIFF file, or cut off within its first bytes ({size} bytes in all)")
@@ -273,11 +301,6 @@ def _end_of_values(tags: np.ndarray, inline_bytes: int) -> int:
     return int(ends.max(initial=0))
 
 
-def _map(path: str) -> mmap.mmap:
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def _full(series: tifffile.TiffPageSeries) -> tuple[str, tuple[int, ...]]:
     """Axes and shape of a series with those of length 1, which older tifffile leaves out of its attributes."""
     if hasattr(series, "get_axes"):
@@ -297,10 +320,21 @@ def _axes(series: tifffile.TiffPageSeries) -> str:
     return "".join(letters)
 
 
-def _spacing_um(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> dict[str, float]:
+def _levels(series: tifffile.TiffPageSeries, spacing_um: dict[str, float]) -> tuple[StoredLevel, ...]:
+    """The levels of a series; TIFF gives the voxel size of the finest only, the others' follow from their extents."""
+    base = dict(zip(*_full(series), strict=True))
+    levels = []
+    for index, level in enumerate(series.levels):
+        extents = dict(zip(*_full(level), strict=True))
+        sizes = {axis: um * base.get(axis, 1) / max(1, extents.get(axis, 1)) for axis, um in spacing_um.items()}
+        levels.append(StoredLevel(str(index), sizes))
+    return tuple(levels)
+
+
+def _spacing_um(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, number: int) -> dict[str, float]:
     """Micrometres per voxel along those of Z, Y, X that the metadata give with a unit."""
     if series.kind == "ome" and tif.ome_metadata:
-        return _ome_spacing_um(tif.ome_metadata)
+        return _ome_spacing_um(tif.ome_metadata, number)
     metadata: dict[str, Any] = {}
     if series.kind == "imagej":
         metadata = tif.imagej_metadata or {}
@@ -325,15 +359,15 @@ def _spacing_um(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> dict
     return spacing_um
 
 
-def _ome_spacing_um(xml: str) -> dict[str, float]:
+def _ome_spacing_um(xml: str, number: int) -> dict[str, float]:
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError:
         return {}
     all_pixels = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"]
-    if not all_pixels:
+    if number >= len(all_pixels):
         return {}
-    pixels = all_pixels[0]
+    pixels = all_pixels[number]
     spacing_um: dict[str, float] = {}
     for axis in "ZYX":
         size, unit_um = pixels.get(f"PhysicalSize{axis}"), micrometres(pixels.get(f"PhysicalSize{axis}Unit", "µm"))

@@ -18,16 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from seg3d_monai.data.nifti import NiftiArray
-from seg3d_monai.data.stored_array import StoredArray, assign_axes, spacing_zyx
-from seg3d_monai.data.tiff import TiffArray, is_tiff
-from seg3d_monai.data.zarr_volume import ZarrArray, is_zarr
+from seg3d_monai.data.formats import common_path, open_stored, resolve_source
+from seg3d_monai.data.stored_array import StoredArray, StoredLevel, assign_axes, spacing_zyx
 
 Roi = tuple[int, int, int, int, int, int]
 Spacing = tuple[float, float, float]
+AnyPath = str | os.PathLike[str]
 
-SUPPORTED_FORMATS = "TIFF, OME-TIFF, BigTIFF, ImageJ TIFF, Zarr v2 or v3, OME-Zarr 0.4 or 0.5, NIfTI (.nii, .nii.gz)"
-TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
 NEAR_SPACING = 0.1
 """Share by which two voxel sizes may differ and still show cells alike: a training zooms cells by as much and more."""
 # Up to this many voxels identity() hashes every one of them, above it a regular sample.
@@ -41,7 +38,8 @@ class Volume(ABC):
         shape: (C, Z, Y, X).
         dtype: native-endian bool, integer or floating dtype of the voxels.
         spacing_um: micrometres per voxel (z, y, x), or None when unknown.
-        path: absolute path of the file or folder, None for a volume in memory.
+        path: absolute path of the file or folder (of a list or pattern: the folder of its files) or URL, None for a
+            volume in memory.
         chunk_shape: (z, y, x) extent of the pieces in which the voxels are stored; reads that follow it are cheapest.
     """
 
@@ -126,21 +124,28 @@ class StoredVolume(Volume):
     Attributes:
         num_times: time points that are stored.
         level: pyramid level, 0 is full resolution.
+        levels: all levels, finest first, with the voxel sizes that the file gives.
+        num_channels: channels that are stored.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: AnyPath | Sequence[AnyPath],
         axes: str | None = None,
         spacing: Sequence[float] | None = None,
         channels: Sequence[int] | int | None = None,
         time: int = 0,
-        level: int = 0,
+        level: int | str = 0,
+        scene: int | str | None = None,
     ) -> None:
-        self.path = os.path.abspath(path)
-        self.level = operator.index(level)
-        stored = _open_stored(self.path, self.level)
+        self._source = resolve_source(path)
+        self._scene = scene
+        self.path = common_path(self._source)
+        stored = open_stored(self._source, level, scene)
+        self.level = stored.level
+        self.levels: tuple[StoredLevel, ...] = stored.levels
         self._stored: StoredArray | None = stored
+        self._process = os.getpid()
         self._stored_shape = stored.shape
         self._axis_of = assign_axes(stored.shape, stored.axes, axes, stored.location)
         if any(n == 0 for n in stored.shape):
@@ -148,6 +153,7 @@ class StoredVolume(Volume):
         self.dtype = _native_dtype(stored.dtype, stored.location)
         num_times, num_channels = (stored.shape[self._axis_of[a]] if a in self._axis_of else 1 for a in "TC")
         self.num_times = num_times
+        self.num_channels = num_channels
         self._time = operator.index(time)
         if not 0 <= self._time < num_times:
             raise ValueError(f"{stored.location}: time={time} is not there; choose 0 to {num_times - 1}")
@@ -186,20 +192,20 @@ class StoredVolume(Volume):
         Raises:
             ValueError: there is no such level.
         """
-        assert self.path is not None
         axes = "".join(sorted(self._axis_of, key=self._axis_of.__getitem__))
-        return StoredVolume(self.path, axes=axes, channels=self._channels, time=self._time, level=level)
+        return StoredVolume(
+            _as_path(self._source), axes=axes, channels=self._channels, time=self._time, level=level, scene=self._scene
+        )
 
     def _open(self) -> StoredArray:
-        if self._stored is None:
-            assert self.path is not None
-            stored = _open_stored(self.path, self.level)
+        if self._stored is None or (self._process != os.getpid() and not self._stored.survives_fork):
+            stored = open_stored(self._source, self.level, self._scene)
             if stored.shape != self._stored_shape or _native_dtype(stored.dtype, stored.location) != self.dtype:
                 raise ValueError(
                     f"{stored.location}: was of shape {self._stored_shape} and {self.dtype}, is now {stored.shape} and "
                     f"{stored.dtype}; open it again"
                 )
-            self._stored = stored
+            self._stored, self._process = stored, os.getpid()
         return self._stored
 
     def _num_bytes(self) -> int | None:
@@ -210,24 +216,29 @@ class StoredVolume(Volume):
 
 
 def open_volume(
-    path: str | os.PathLike[str],
+    path: AnyPath | Sequence[AnyPath],
     axes: str | None = None,
     spacing: Sequence[float] | None = None,
     channels: Sequence[int] | int | None = None,
     time: int = 0,
-    level: int = 0,
+    level: int | str = 0,
+    scene: int | str | None = None,
 ) -> Volume:
     """Open a stack without reading its voxels.
 
     Args:
-        path: a TIFF, OME-TIFF, BigTIFF, ImageJ TIFF or NIfTI file, or the folder of a Zarr v2 / v3 array or OME-Zarr
-            0.4 / 0.5 group. A group without an image opens its labels, `labels/instances` first.
+        path: a TIFF, OME-TIFF, BigTIFF, ImageJ TIFF or NIfTI file; the folder of a Zarr v2 / v3 array or OME-Zarr
+            0.4 / 0.5 group (one without an image opens its labels, `labels/instances` first); a folder, a pattern
+            ("stack/*.tif") or a list of TIFF files; the URL of a TIFF or Zarr; with the extra `formats` a CZI or Imaris
+            file, BigDataViewer's XML, HDF5 or N5, or another N5. docs/formats.md tells more.
         axes: one letter per stored axis out of T, C, Z, Y, X; needed for more than three axes without names, and
             `"YX"` reads a single plane as depth 1. Overrides the file's names.
         spacing: micrometres per voxel (z, y, x); overrides the file's.
         channels: channel numbers to keep, in this order; None keeps all.
         time: index of the time point.
-        level: pyramid level, 0 is full resolution.
+        level: pyramid level: a number, 0 is full resolution; a name, "s1"; or a voxel size, "2um" or "4,1,1um", for the
+            level whose voxels come nearest to it.
+        scene: number or name of the image where a file holds several.
 
     Returns:
         A volume of shape (C, Z, Y, X) whose `spacing_um` is None when neither the file nor `spacing` gives it.
@@ -237,8 +248,10 @@ def open_volume(
         ValueError: the format or type of voxel is not supported, the file is truncated or damaged, or an option does
             not fit it.
         TypeError: an option has the wrong type.
+        ImportError: the format needs a package that is not installed.
+        OSError: a server does not answer.
     """
-    return StoredVolume(path, axes=axes, spacing=spacing, channels=channels, time=time, level=level)
+    return StoredVolume(path, axes=axes, spacing=spacing, channels=channels, time=time, level=level, scene=scene)
 
 
 def check_roi(roi: Sequence[int], shape: Sequence[int]) -> Roi:
@@ -344,19 +357,8 @@ def sample_rois(
     return [(z, y, x, z + block[0], y + block[1], x + block[2]) for z, y, x in product(*starts)]
 
 
-def _open_stored(path: str, level: int) -> StoredArray:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if os.path.isdir(path):
-        if is_zarr(path):
-            return ZarrArray(path, level)
-        raise ValueError(f"{path}: a folder that is no Zarr array or group; supported: {SUPPORTED_FORMATS}")
-    name = path.lower()
-    if name.endswith((".nii", ".nii.gz")):
-        return NiftiArray(path, level)
-    if name.endswith(TIFF_SUFFIXES) or is_tiff(path):
-        return TiffArray(path, level)
-    raise ValueError(f"{path}: this format is not supported; supported: {SUPPORTED_FORMATS}")
+def _as_path(source: str | tuple[str, ...]) -> str | Sequence[str]:
+    return source if isinstance(source, str) else list(source)
 
 
 def _native_dtype(dtype: np.dtype, location: str) -> np.dtype:

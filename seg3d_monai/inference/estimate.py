@@ -5,7 +5,6 @@ This file knows neither the predictor nor how blocks are handed out.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from seg3d_monai.inference.freed_memory import give_back_at_once
 from seg3d_monai.inference.journal import unpack_instances
 from seg3d_monai.inference.workers import BlockWorker, Predictor, UnreadableBlockError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BYTES_OF_AN_INSTANCE = 250
 """While the stack is stitched."""
 BYTES_OF_A_ROW = 250
@@ -133,28 +131,6 @@ def check_memory(expected: int, limit: int | None) -> None:
             f"the run would take about {expected / 1e9:.1f} GB of memory a process, more than max_memory, "
             f"{limit / 1e9:.1f} GB; pass a smaller block_size"
         )
-
-
-def read_memory_limit(value: str | float | None) -> int | None:
-    """Bytes of a number, or of text such as "8GB" or "512 MB".
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if value is None:
-        return None
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?B?)\s*", str(value).upper().replace("IB", "B"))
-    try:
-        number = (
-            float(found[1]) * _UNITS[found[2] if found[2].endswith("B") or not found[2] else found[2] + "B"]
-            if found
-            else 0
-        )
-    except ValueError:
-        number = 0
-    if number <= 0:
-        raise ValueError(f'max_memory is {value!r}; pass bytes, or text such as "8GB"')
-    return round(number)
 
 
 def _duration(seconds: float) -> str:

@@ -41,7 +41,7 @@ def open_times(image: Any, time: int | Sequence[int] | str, **options: Any) -> t
     if isinstance(time, str):
         if time != "all":
             raise ValueError(f"time is {time!r}; pass a number, a list of numbers or 'all'")
-        time = range(StoredVolume(Path(image), time=0, **options).num_times)
+        time = range(StoredVolume(image, time=0, **options).num_times)
     if not len(time):
         raise ValueError("time is empty; name at least one time point")
     return [open_input(image, time=t, **options) for t in time], [int(t) for t in time]
@@ -63,7 +63,7 @@ def open_input(
         ValueError: if an option does not fit the image.
     """
     if isinstance(image, (str, os.PathLike)):
-        return open_volume(Path(image), axes=axes, spacing=spacing, channels=channels, time=time, level=level)
+        return open_volume(image, axes=axes, spacing=spacing, channels=channels, time=time, level=level)
     is_array = isinstance(image, np.ndarray)
     if (axes, channels, time, level) != (None, None, 0, 0) or (spacing is not None and not is_array):
         raise ValueError("axes, spacing, channels, time and level describe a file; open the volume with them instead")
@@ -73,7 +73,8 @@ def open_input(
 def volume_identity(volume: Any) -> dict[str, Any]:
     """What tells that the input is still the same: its own identity, and when its files were written."""
     path = getattr(volume, "path", None)
-    return dict(volume.identity()) | {"modified": None if path is None else _modified(Path(path))}
+    is_here = path is not None and os.path.exists(path)  # and not behind a URL
+    return dict(volume.identity()) | {"modified": _modified(Path(path)) if is_here else None}
 
 
 def identity_of_all(volumes: Sequence[Any]) -> dict[str, Any]:

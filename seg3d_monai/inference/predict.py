@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from seg3d_monai.data.memory_limit import read_memory_limit
 from seg3d_monai.data.volume import ArrayVolume
 from seg3d_monai.inference.blocks import Block, BlockPlan, roi_shape, roi_slices
-from seg3d_monai.inference.estimate import Estimate, check_memory, estimate_run, peak_memory, read_memory_limit
+from seg3d_monai.inference.estimate import Estimate, check_memory, estimate_run, peak_memory
 from seg3d_monai.inference.foreground import foreground_blocks
 from seg3d_monai.inference.inputs import (
     as_json,

@@ -40,8 +40,8 @@ def test_missing_file(tmp_path):
 
 
 def test_unsupported_format_and_plain_folder(tmp_path):
-    (tmp_path / "a.czi").write_bytes(b"ZISRAWFILE" + bytes(100))
-    refusal(lambda: open_volume(tmp_path / "a.czi"), "a.czi", "not supported", "OME-TIFF", "Zarr", "NIfTI")
+    (tmp_path / "a.lif").write_bytes(bytes(100))
+    refusal(lambda: open_volume(tmp_path / "a.lif"), "a.lif", "not supported", "OME-TIFF", "Zarr", "NIfTI", "CZI")
     (tmp_path / "folder").mkdir()
     refusal(lambda: open_volume(tmp_path / "folder"), "folder", "no Zarr")
     (tmp_path / "empty.tif").touch()
