@@ -307,12 +307,11 @@ class CropIndex:
         """
         volume, position = self._locate(crop_id)
         block, place = divmod(position, CROPS_PER_BLOCK)
-        found = dict(
-            self._query(
-                "SELECT name, data FROM crop_columns WHERE name IN (?, ?, ?) AND volume_id = ? AND block = ?",
-                (*CROP_COLUMNS, volume["id"], block),
-            )
+        rows = self._query(
+            "SELECT name, data FROM crop_columns WHERE name IN (?, ?, ?) AND volume_id = ? AND block = ?",
+            (*CROP_COLUMNS, volume["id"], block),
         )
+        found = {row["name"]: row["data"] for row in rows}
         counts, foreground, ignored = (
             int(np.frombuffer(found[name], COUNT, 1, place * COUNT.itemsize)[0]) for name in CROP_COLUMNS
         )

@@ -33,7 +33,7 @@ from seg3d_monai.data.crop_index_format import (
 from seg3d_monai.data.crop_index_journal import ScanJournal
 from seg3d_monai.data.crop_index_scan import ScanJob, open_files, scan_volumes
 from seg3d_monai.data.data_config import DataConfig
-from seg3d_monai.data.file_evidence import Evidence, full_evidence, is_constant, is_unchanged, quick_evidence
+from seg3d_monai.data.file_evidence import Evidence, is_constant, is_unchanged, quick_evidence, voxel_digest
 from seg3d_monai.data.manifest import (
     FILE_COLUMNS,
     Location,
@@ -93,7 +93,10 @@ def build_index(
 
     target = Path(db).absolute()
     files = [open_files(row) for row in rows]
-    evidence = [{column: quick_evidence(volume) for column, volume in opened.items()} for opened in files]
+    evidence = [
+        {column: quick_evidence(volume, getattr(row, column)) for column, volume in opened.items()}
+        for row, opened in zip(rows, files, strict=True)
+    ]
     _check_duplicates(rows, files, evidence)
     meta = {"config": config.to_json(), "rows": _digest([_row_json(row) for row in rows])}
     try:
@@ -369,7 +372,7 @@ def _check_duplicates(
         if other == position:
             continue
         a, b = files[other]["image"], files[position]["image"]
-        if is_constant(a) or full_evidence(a)["voxels"] != full_evidence(b)["voxels"]:
+        if is_constant(a) or voxel_digest(a) != voxel_digest(b):
             continue
         text = f"{rows[other].name!r} and {row.name!r} are the same image, {rows[other].image} and {row.image}"
         if rows[other].split != row.split:

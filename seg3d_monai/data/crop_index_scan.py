@@ -37,7 +37,7 @@ from seg3d_monai.data.data_config import DataConfig
 from seg3d_monai.data.file_evidence import Evidence, file_stat, full_evidence
 from seg3d_monai.data.intensity import check_finite, measure_intensity
 from seg3d_monai.data.label_scan import check_label, join_crops, join_instances, measure_block
-from seg3d_monai.data.manifest import FILE_COLUMNS, ManifestRow
+from seg3d_monai.data.manifest import ManifestRow
 from seg3d_monai.data.volume import Roi, Volume, storage_rois
 
 _BLOCK_VOXELS = 2**24
@@ -260,8 +260,8 @@ def _read_around(files: dict[str, Volume], roi: Roi) -> tuple[np.ndarray, list[l
 
 def _finish(job: ScanJob, journal: ScanJournal, config: DataConfig) -> None:
     """Pack a volume all of whose blocks are measured."""
-    for column, volume in job.files.items():
-        if file_stat(volume) != job.evidence[column]["stat"]:
+    for column in job.files:
+        if file_stat(getattr(job.row, column)) != job.evidence[column]["stat"]:
             journal.restart(job.scan_id)
             raise ValueError(
                 f"{job.row.name}: {column} {getattr(job.row, column)} changed while it was indexed; run it again"
@@ -292,7 +292,7 @@ def _finish(job: ScanJob, journal: ScanJournal, config: DataConfig) -> None:
         "num_instances": len(totals),
         "num_crops": len(grid),
         "unreadable": journal.unreadable(job.scan_id),
-        "files": {column: full_evidence(volume) for column, volume in job.files.items() if column in FILE_COLUMNS},
+        "files": {column: full_evidence(volume, getattr(job.row, column)) for column, volume in job.files.items()},
     }
     journal.finish(job.scan_id, facts)
 

@@ -64,7 +64,7 @@ class DataConfig:
         if not 0 <= lower < upper <= 100:
             raise ValueError(f"percentiles={self.percentiles} must be two of 0 to 100, the first below the second")
         where = self.where.strip() if self.where else ""
-        values = {"crop_size": crop, "stride": stride, "overlap": None, "percentiles": (lower, upper)}
+        values: dict[str, Any] = {"crop_size": crop, "stride": stride, "overlap": None, "percentiles": (lower, upper)}
         values |= {"min_voxels": int(self.min_voxels), "min_object_voxels": int(self.min_object_voxels)}
         for name, value in {**values, "where": where or None}.items():
             object.__setattr__(self, name, value)
@@ -91,7 +91,8 @@ class DataConfig:
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: no such key of a DataConfig")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        keys: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**keys)
 
 
 def _triple(value: Sequence[int], name: str, least: int) -> Triple:

@@ -1,11 +1,13 @@
 """Whether a volume's files are still what they were: size and time of every file, and a sample of the voxels.
 
 Size and time are not enough: a copy has others with the same voxels, and a synchronising tool may keep both over other
-voxels. A few voxels are read each time; all of them, up to `IDENTITY_VOXELS`, where the times speak of a change.
+voxels. A few voxels are read each time; all of them, up to `IDENTITY_VOXELS`, where the times speak of a change. Of
+what lies behind a URL the few voxels alone are known.
 
 Must not know: manifests, SQLite.
 """
 
+import glob
 import hashlib
 import os
 from collections.abc import Mapping
@@ -20,17 +22,22 @@ Evidence = dict[str, Any]
 """{"stat": of the files or None, "sample": of a few voxels, "voxels": of all of them or None}."""
 
 
-def quick_evidence(volume: Volume) -> Evidence:
-    """What can be said at once; "voxels" is None."""
-    return {"stat": file_stat(volume), "sample": _sample(volume), "voxels": None}
+def quick_evidence(volume: Volume, location: str | os.PathLike[str]) -> Evidence:
+    """What can be said at once; "voxels" is None. The location is what the volume was opened with."""
+    return {"stat": file_stat(location), "sample": _sample(volume), "voxels": None}
 
 
-def full_evidence(volume: Volume) -> Evidence:
+def full_evidence(volume: Volume, location: str | os.PathLike[str]) -> Evidence:
     """With all voxels where there are no more than `IDENTITY_VOXELS`."""
-    evidence = quick_evidence(volume)
-    if prod(volume.shape) <= IDENTITY_VOXELS:
-        evidence["voxels"] = volume.identity()["digest"]
-    return evidence
+    return {**quick_evidence(volume, location), "voxels": voxel_digest(volume)}
+
+
+def voxel_digest(volume: Volume) -> str | None:
+    """Digest of all voxels, None where there are more than `IDENTITY_VOXELS`."""
+    if prod(volume.shape) > IDENTITY_VOXELS:
+        return None
+    digest: str = volume.identity()["digest"]
+    return digest
 
 
 def is_unchanged(volume: Volume, found: Evidence, known: Mapping[str, Any] | None) -> bool:
@@ -43,20 +50,24 @@ def is_unchanged(volume: Volume, found: Evidence, known: Mapping[str, Any] | Non
     """
     if known is None or found["sample"] != known["sample"]:
         return False
-    if found["stat"] is not None and found["stat"] == known["stat"]:
+    if found["stat"] == known["stat"]:
         return True
-    return known["voxels"] is not None and full_evidence(volume)["voxels"] == known["voxels"]
+    return known["voxels"] is not None and voxel_digest(volume) == known["voxels"]
 
 
-def file_stat(volume: Volume) -> str | None:
-    """Digest of the sizes and times of all files of a volume, None where they are not files on this machine."""
-    path = volume.path
-    if path is None or not os.path.exists(path):
+def file_stat(location: str | os.PathLike[str]) -> str | None:
+    """Digest of the sizes and times of all files of a volume, None for a URL."""
+    path = os.fspath(location)
+    if "://" in path:
         return None
+    if os.path.isdir(path):
+        files = _files_below(path)
+    else:
+        files = [path] if os.path.exists(path) else glob.glob(path)
     digest = hashlib.blake2b(digest_size=16)
-    for place in [path] if os.path.isfile(path) else sorted(_files_below(path)):
+    for place in sorted(files):
         found = os.stat(place)
-        digest.update(f"{os.path.relpath(place, path)} {found.st_size} {found.st_mtime_ns}\n".encode())
+        digest.update(f"{os.path.relpath(place, os.path.dirname(path))} {found.st_size} {found.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

@@ -500,6 +500,25 @@ def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crop_index_scan, "_BLOCK_VOXELS", 500)
 
 
+def test_planes_beside_the_index(tmp_path: Path) -> None:
+    """The files of a pattern lie where the index is written: only they count as the volume."""
+    label = label_volume((5, 6, 7), {3: (0, 0, 0, 2, 2, 2), 9: (3, 2, 1, 5, 6, 7)})
+    for name, volume in (("image", image_volume(label.shape)), ("label", label)):
+        for z, plane in enumerate(volume):
+            tifffile.imwrite(tmp_path / f"{name}_z{z}.tif", plane, photometric="minisblack")
+    (tmp_path / "manifest.csv").write_text("name,image,label\nv,image_z*.tif,label_z*.tif\n")
+    db = tmp_path / "i.sqlite"
+    index = build(tmp_path, db)
+    assert index.instances(1).labels.tolist() == [3, 9]
+    assert index.open_label(index.volume(1)).read((0, 0, 0, 5, 6, 7))[0].tolist() == label.tolist()
+    before = db.stat().st_ino
+    (tmp_path / "notes.tif").write_bytes(b"something")
+    build(tmp_path, db)
+    assert db.stat().st_ino == before
+    tifffile.imwrite(tmp_path / "label_z4.tif", label[4] * 2, photometric="minisblack")
+    assert build(tmp_path, db).instances(1).labels.tolist() == [3, 9, 18]
+
+
 @pytest.mark.usefixtures("small_work")
 def test_two_processes_write_the_same_rows(tmp_path: Path) -> None:
     manifest = toy(tmp_path, 4)
@@ -552,3 +571,17 @@ def is_alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@pytest.mark.long
+def test_workers_of_ray_read_the_index(tmp_path: Path) -> None:
+    import ray
+
+    index = build(toy(tmp_path), tmp_path / "i.sqlite")
+    expected = [index.instances(n).voxels.tolist() for n in (1, 2, 3)]
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**27, log_to_driver=False)
+    try:
+        read = ray.remote(lambda index, volume: index.instances(volume).voxels.tolist())
+        assert ray.get([read.remote(index, volume) for volume in (1, 2, 3)]) == expected
+    finally:
+        ray.shutdown()
