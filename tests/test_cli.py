@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_processes import run_module
 
 from seg3d_monai import __version__, cli, cli_bundle
 from seg3d_monai.cli_arguments import UsageError, bind, help_text, nearest
@@ -295,8 +296,8 @@ def test_train_runs_the_bundle_with_overlays_and_overrides(toy_bundle: Path, tmp
 
 def test_train_is_the_same_as_monai_bundle(toy_bundle: Path, tmp_path: Path) -> None:
     config = toy_bundle / "configs" / "train.json"
-    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config), "--epochs", "4"]
-    subprocess.run(command, check=True, capture_output=True)
+    words = ["monai.bundle", "run", "training", "--config_file", str(config), "--epochs", "4"]
+    run_module(*words, cwd=tmp_path).check_returncode()
     expected = (tmp_path / "seen.json").read_text()
     (tmp_path / "seen.json").unlink()
     assert cli.main(["train", str(toy_bundle), "--epochs", "4"]) == 0

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from engine_toys import SHAPE, ToyNetwork
 from ignite.engine import Events
 from torch import nn
+from warm_processes import START_METHOD
 
 from seg3d_monai.engine import InstanceTrainer
 from seg3d_monai.losses import MaskRCNNCriterion
@@ -140,7 +141,7 @@ def in_processes(size, calls, folder):
     The functions are called as `function(rank, size, *arguments)`, one call after the other, with torch.distributed. A
     process that waits for another one for a minute raises.
     """
-    mp.spawn(_process, (size, calls, str(folder)), size)
+    mp.start_processes(_process, (size, calls, str(folder)), size, start_method=START_METHOD)
     of_ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
     return list(zip(*of_ranks, strict=True))
 

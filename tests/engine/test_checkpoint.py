@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_toys import ToyLoader, ToyNetwork
+from engine_toys import ToyLoader, ToyNetwork, evaluator_of
 from ignite.engine import Events
 
-from seg3d_monai.engine import Checkpoints, WarmupCosine, load_weights
+from seg3d_monai.engine import Checkpoints, Validation, WarmupCosine, load_weights
 from seg3d_monai.engine.checkpoint import (
     adapt_input_channels,
     read_checkpoint,
@@ -154,6 +154,42 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         write_last(tmp_path, {"number": 3})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.prev.pt", "last.pt"]
     assert read_last(tmp_path)["number"] == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("name", ["model.pt", "best.pt", "last.new.pt"])
+def test_a_training_goes_on_from_what_it_saved_before_the_disk_was_full(make_trainer, tmp_path, name):
+    """The disk is full at the second of four validations, for whichever of the files it is."""
+
+    def training(folder, *script):
+        handlers = [Validation(validator=evaluator_of(*script)), Checkpoints(output_dir=folder)]
+        return make_trainer(**SETTINGS, train_handlers=handlers)
+
+    whole = training(tmp_path / "whole", 1, 2, 3, 3)
+    expected = losses_of(whole)
+    whole.run()
+    folder = tmp_path / "run"
+    first = training(folder, 1, 2)
+    kept = {}
+
+    @first.on(Events.ITERATION_STARTED(once=8))
+    def fill_the_disk():
+        kept.update({path.name: path.read_bytes() for path in folder.iterdir()})
+        (folder / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        first.run()
+    left = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert left.keys() == kept.keys() == {"model.pt", "best.pt", "last.pt"}
+    assert left["last.pt"] == kept["last.pt"]
+    assert name == "last.new.pt" or left[name] == kept[name]
+
+    second = training(folder, 2, 3, 3)
+    resumed = losses_of(second)
+    second.run()
+    assert resumed == {iteration: values for iteration, values in expected.items() if iteration > 4}
+    found, wanted = (load_weights(ToyNetwork(), run / "model.pt") for run in (folder, tmp_path / "whole"))
+    assert torch.equal(found.linear.weight, wanted.linear.weight)
 
 
 def test_format_is_checked(tmp_path):

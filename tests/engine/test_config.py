@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
+from warm_processes import run_module
 
 from seg3d_monai.engine import check_config, live_parser
 
@@ -290,16 +291,13 @@ def test_run_folder_that_cannot_be_written(workflow, bundle):
     assert "cannot be written" in str(raised.value.__cause__)
 
 
-def run_bundle(bundle, *arguments):
+def words_of(bundle, *arguments):
     files = [str(bundle / "configs" / name) for name in ("train.json", "overlay.json")]
-    return subprocess.run(
-        [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(files), *arguments],
-        cwd=bundle,
-        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return ["monai.bundle", "run", "training", "--config_file", str(files), *arguments]
+
+
+def run_bundle(bundle, *arguments):
+    return run_module(*words_of(bundle, *arguments), cwd=bundle)
 
 
 def test_command_line_trains_and_ends_with_the_score(bundle):
@@ -318,7 +316,9 @@ def test_command_line_trains_and_ends_with_the_score(bundle):
 
 
 def test_command_line_refuses_in_one_line(bundle):
-    done = run_bundle(bundle, "--dataset_dri", "x")
+    command = [sys.executable, "-m", *words_of(bundle, "--dataset_dri", "x")]
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, cwd=bundle, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         "ValueError: dataset_dri: nothing in the config refers to this id; the nearest valid key is 'dataset_dir'"

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,14 +20,10 @@ import ray
 import torch
 import torch.distributed as dist
 from monai.bundle import ConfigParser, ConfigWorkflow
-from ray.cluster_utils import Cluster
+from ray_nodes import RESTART, WAIT, add_node, cluster_of, wait_until
 
 from seg3d_monai.engine import ray_launch
 from seg3d_monai.engine.launch import Launcher, check_shared, evaluate, portable_config
-
-WAIT = 240  # seconds; far more than anything takes, for a busy machine
-STORE = {"object_store_memory": 80 * 2**20}
-RESTART = 90  # seconds from the death of a worker to the next group's first step
 
 
 def write_config(folder):
@@ -94,13 +89,6 @@ def lives(folder, rank):
             found.append([])
         found[-1].append(note)
     return found
-
-
-def wait_until(holds, seconds=WAIT):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 # In this process
@@ -247,6 +235,7 @@ class OddError(ValueError):
         (wrapped(FileNotFoundError(2, "No such file", "a.tif")), FileNotFoundError, "No such file: a.tif"),
         (OddError(1, 2), ValueError, "1 and 2"),
         (raised_by(lambda: b"\xff".decode()), UnicodeError, "'utf-8' codec can't decode"),
+        (wrapped(ImportError("pip install deepspeed", name="deepspeed")), ImportError, "pip install deepspeed"),
         (wrapped(FloatingPointError("loss nan")), FloatingPointError, "loss nan"),
         (wrapped(KeyError("boxes")), RuntimeError, "worker 0 of 1 on .*failed:\n(.|\n)*KeyError: 'boxes'"),
         (RuntimeError("mat1 and mat2"), RuntimeError, "worker 0 of 1 on .*failed:\n(.|\n)*mat1 and mat2"),
@@ -352,13 +341,9 @@ def test_from_the_shell_a_group_outlives_a_worker_and_saves_at_sigterm(tmp_path)
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head without CPUs and the nodes a and b with one each; this process is connected to it."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **STORE})
-    made.toy_nodes = {name: made.add_node(num_cpus=1, env_vars={"TOY_NODE": name}, **STORE) for name in "ab"}
-    ray.init(address=made.address, log_to_driver=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    """Two nodes of one CPU each, to which this process is connected."""
+    with cluster_of("ab") as made:
+        yield made
 
 
 @pytest.mark.long
@@ -418,11 +403,11 @@ def test_more_than_the_cluster_has(cluster, workflow):
 @pytest.mark.long
 def test_a_group_outlives_a_machine(cluster, workflow, tmp_path, capsys):
     folder = tmp_path / "run" / "toy"
-    nodes = cluster.toy_nodes | {"c": cluster.add_node(num_cpus=1, env_vars={"TOY_NODE": "c"}, **STORE)}
+    add_node(cluster, "c")
 
     def lose_a_node():
         wait_until(lambda: any(note.step > 2 for note in notes(folder, 1)))
-        cluster.remove_node(nodes[notes(folder, 1)[0].node], allow_graceful=False)
+        cluster.remove_node(cluster.toy_nodes[notes(folder, 1)[0].node], allow_graceful=False)
 
     loser = threading.Thread(target=lose_a_node)
     loser.start()
