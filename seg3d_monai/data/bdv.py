@@ -97,17 +97,19 @@ def scenes_of(setups: Sequence[ViewSetup]) -> list[tuple[str, list[ViewSetup]]]:
     scenes: dict[tuple[object, ...], list[ViewSetup]] = {}
     for setup in setups:
         rest = tuple(sorted((k, v) for k, v in setup.attributes.items() if k != "channel"))
-        key = (rest, tuple(sorted(setup.spacing_um.items()))) if setup.attributes else (setup.number,)
+        key: tuple[object, ...] = (setup.number,)
+        if setup.attributes:
+            key = (rest, tuple(sorted(setup.spacing_um.items())))
         scenes.setdefault(key, []).append(setup)
     named = []
-    for key, members in scenes.items():
+    for members in scenes.values():
         channels = [setup.attributes.get("channel") for setup in members]
         if len(set(channels)) < len(members):  # the same channel twice: they differ in something that is not written
             named += [(f"setup {setup.number}", [setup]) for setup in members]
             continue
         members.sort(key=lambda setup: (_number(setup.attributes.get("channel", "")), setup.number))
-        rest = key[0] if isinstance(key[0], tuple) else ()
-        name = ", ".join(f"{k} {v}" for k, v in rest) or f"setup {members[0].number}"
+        common = sorted((k, v) for k, v in members[0].attributes.items() if k != "channel")
+        name = ", ".join(f"{k} {v}" for k, v in common) or f"setup {members[0].number}"
         named.append((name, members))
     return named
 

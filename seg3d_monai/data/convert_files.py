@@ -214,7 +214,7 @@ class FileWriter:
             for place, channel, number in missing:
                 part = tile_box(self._plan, place)
                 window = tuple(slice(part[a] - unit.box[a], part[a + 3] - unit.box[a]) for a in range(3))
-                lines += self._write(unit.time, channel, number, part, voxels[(channel - start, *window)])
+                lines += self._write(unit.time, channel, number, part, voxels[channel - start][window])
         return lines
 
     def _fill_singly(self, time: int, missing: Sequence[tuple[Triple, int, int]]) -> list[str]:
@@ -242,7 +242,8 @@ class FileWriter:
     def _write(self, time: int, channel: int, number: int, part: Roi, voxels: np.ndarray) -> list[str]:
         if not voxels.any():
             return [f"empty 0 {number}\n"]
-        place = (*self._plan.leading(time, channel), *(slice(part[a], part[a + 3]) for a in range(3)))
+        window = (slice(part[a], part[a + 3]) for a in range(3))
+        place: tuple[int | slice, ...] = (*self._plan.leading(time, channel), *window)
         self._arrays[0][place] = voxels
         return []
 

@@ -183,7 +183,8 @@ class TiffArray(StoredArray):
                 page = int(np.ravel_multi_index(index, self.shape[: self._num_lead])) if index else 0
                 file = int(self._page_file[page])
                 if file not in maps:
-                    maps[file] = stack.enter_context(map_bytes(self._files[file]))
+                    maps[file] = map_bytes(self._files[file])
+                    stack.enter_context(maps[file])
                 try:
                     self._read_page(maps[file], page, box, out)
                 except Exception as error:

@@ -74,6 +74,7 @@ class TiffSeries(StoredArray):
         self._inner = [i for i, letter in enumerate(self._first.axes) if letter in "YX" or self._first.shape[i] > 1]
         letters = [self._first.axes[i] for i in self._inner]
         is_plane = {"Y", "X"} <= set(letters) <= set("YXCS")
+        grid: Grid
         if is_ordered:
             axes, grid = ("Z" if is_plane else UNKNOWN_AXIS), {(i,): file for i, file in enumerate(files)}
         else:

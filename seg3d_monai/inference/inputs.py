@@ -73,8 +73,9 @@ def open_input(
 def volume_identity(volume: Any) -> dict[str, Any]:
     """What tells that the input is still the same: its own identity, and when its files were written."""
     path = getattr(volume, "path", None)
-    is_here = path is not None and os.path.exists(path)  # and not behind a URL
-    return dict(volume.identity()) | {"modified": _modified(Path(path)) if is_here else None}
+    if path is None or not os.path.exists(path):  # in memory, or behind a URL
+        return dict(volume.identity()) | {"modified": None}
+    return dict(volume.identity()) | {"modified": _modified(Path(path))}
 
 
 def identity_of_all(volumes: Sequence[Any]) -> dict[str, Any]:
