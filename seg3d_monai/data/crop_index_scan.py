@@ -127,6 +127,8 @@ def scan_volumes(
             file changed meanwhile.
         RuntimeError: a worker was killed.
     """
+    global _last_opened
+    _last_opened = None  # of an earlier build: files may have been written again since
     for job in jobs:
         job.missing = {INTENSITY, *range(len(job.blocks))} - journal.parts(job.scan_id)
     total = sum(prod(job.files["image"].shape[1:]) for job in jobs)
