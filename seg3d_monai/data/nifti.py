@@ -67,6 +67,7 @@ class NiftiArray(StoredArray):
         self.levels = (StoredLevel("0", self.spacing_um),)
         self.level = find_level(level, self.levels, self.location)
         self._is_gzip = str(path).lower().endswith(".gz")
+        self.is_mapped = True  # or in memory, as a whole
 
     def read_region(self, region: Sequence[slice]) -> np.ndarray:
         """Read a box; of an uncompressed file only the bytes that it needs."""

@@ -81,6 +81,7 @@ class StoredArray(ABC):
         levels: the levels of the pyramid, finest first.
         level: which of them this is, from 0.
         survives_fork: whether a forked child may go on using this object.
+        is_mapped: whether a part of a stored piece is read without the rest of it.
     """
 
     location: str
@@ -93,6 +94,7 @@ class StoredArray(ABC):
     levels: tuple[StoredLevel, ...]
     level: int
     survives_fork = True
+    is_mapped = False
 
     @abstractmethod
     def read_region(self, region: Sequence[slice]) -> np.ndarray:

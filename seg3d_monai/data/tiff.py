@@ -89,7 +89,7 @@ class TiffArray(StoredArray):
         self._keyframe = keyframe
         self._page = tuple(int(n) for n in keyframe.shaped)  # separate samples, depth, length, width, samples
         self._file_dtype = np.dtype(keyframe.dtype).newbyteorder(tif.byteorder)
-        self._is_raw = bool(keyframe.is_contiguous and keyframe.is_final)
+        self._is_raw = self.is_mapped = bool(keyframe.is_contiguous and keyframe.is_final)
         if keyframe.is_tiled:
             self._segment = (int(keyframe.tiledepth), int(keyframe.tilelength), int(keyframe.tilewidth))
         else:

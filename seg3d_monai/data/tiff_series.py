@@ -68,6 +68,7 @@ class TiffSeries(StoredArray):
         self._scene = scene
         sizes = [os.path.getsize(file) for file in files]
         self._first = first
+        self.is_mapped = first.is_mapped
         self._parsed: OrderedDict[str, TiffArray] = OrderedDict()
         self.level, self.levels = self._first.level, self._first.levels
         # Axes of one file, without those of length 1 that are no plane's.

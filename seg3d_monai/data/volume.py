@@ -12,7 +12,7 @@ import operator
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import groupby, product
 from math import prod
 from typing import Any
 
@@ -72,11 +72,9 @@ class Volume(ABC):
             copy has the same identity.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for roi in sample_rois(self.shape[1:], IDENTITY_VOXELS // self.shape[0]):
-            try:
-                digest.update(self.read(roi).tobytes())
-            except ValueError:  # damaged; whoever needs these voxels will say so
-                digest.update(b"unreadable")
+        for voxels in self._read_each(sample_rois(self.shape[1:], IDENTITY_VOXELS // self.shape[0])):
+            # Damaged: whoever needs these voxels will say so.
+            digest.update(b"unreadable" if voxels is None else voxels.tobytes())
         return {
             "shape": list(self.shape),
             "dtype": self.dtype.name,
@@ -87,6 +85,14 @@ class Volume(ABC):
 
     def _num_bytes(self) -> int | None:
         return None
+
+    def _read_each(self, rois: Sequence[Roi]) -> Iterator[np.ndarray | None]:
+        """The voxels of each region, None where they are damaged."""
+        for roi in rois:
+            try:
+                yield self.read(roi)
+            except ValueError:
+                yield None
 
 
 class ArrayVolume(Volume):
@@ -210,6 +216,39 @@ class StoredVolume(Volume):
 
     def _num_bytes(self) -> int | None:
         return self._open().num_bytes
+
+    def _read_each(self, rois: Sequence[Roi]) -> Iterator[np.ndarray | None]:
+        """As for any volume; neighbours that lie in the same stored pieces are read together, each piece once."""
+        if self._open().is_mapped:
+            yield from super()._read_each(rois)
+            return
+        for _, neighbours in groupby(rois, key=self._shared_pieces):
+            group = list(neighbours)
+            try:
+                yield from self._read_together(group)
+            except ValueError:
+                yield from super()._read_each(group)
+
+    def _shared_pieces(self, roi: Roi) -> tuple[int, ...]:
+        """Where a region lies along the axes on which its neighbours lie in other stored pieces than it does."""
+        _, rows, columns = self.chunk_shape
+        along_rows, along_columns = rows <= roi[4] - roi[1], columns <= roi[5] - roi[2]
+        return (roi[0], roi[3], *(roi[1::3] if along_rows else ()), *(roi[2::3] if along_columns else ()))
+
+    def _read_together(self, rois: Sequence[Roi]) -> list[np.ndarray]:
+        """Regions of the same planes, from as few planes at a time as are stored together."""
+        low, high = np.min(rois, axis=0), np.max(rois, axis=0)
+        if len(rois) == 1:
+            return [self.read(rois[0])]
+        extents = [tuple(b - a for a, b in zip(roi[:3], roi[3:], strict=True)) for roi in rois]
+        blocks = [np.empty((self.shape[0], *extent), self.dtype) for extent in extents]
+        for start in range(int(low[0]), int(high[3]), self.chunk_shape[0]):
+            stop = min(start + self.chunk_shape[0], int(high[3]))
+            planes = self.read((start, low[1], low[2], stop, high[4], high[5]))
+            for block, (z1, y1, x1, _, y2, x2) in zip(blocks, rois, strict=True):
+                window = planes[:, :, y1 - low[1] : y2 - low[1], x1 - low[2] : x2 - low[2]]
+                block[:, start - z1 : stop - z1] = window
+        return blocks
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stored": None}

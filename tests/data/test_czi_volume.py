@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from pylibCZIrw import czi
 
+from seg3d_monai.data.convert import convert_volume
 from seg3d_monai.data.volume import open_volume
 
 
@@ -97,3 +98,10 @@ def test_damaged_files(tmp_path, array):
     (tmp_path / "c.czi").write_bytes(path.read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"c\.czi: cannot be read as CZI"):
         open_volume(tmp_path / "c.czi")
+
+
+def test_conversion_by_threads(tmp_path, array):
+    path = write(tmp_path / "a.czi", [array])
+    convert_volume(path, tmp_path / "a.zarr", time=[1], num_workers=3, chunk_size=8, shard_size=16)
+    assert open_volume(tmp_path / "a.zarr").spacing_um == pytest.approx((2.0, 0.5, 0.4))
+    np.testing.assert_array_equal(open_volume(tmp_path / "a.zarr").read((0, 0, 0, 4, 34, 47)), array[1])

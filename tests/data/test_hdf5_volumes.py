@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from seg3d_monai.data.bdv import ViewSetup, scenes_of
+from seg3d_monai.data.convert import convert_volume
 from seg3d_monai.data.volume import open_volume
 
 SERIES_SHAPE = (2, 3, 9, 34, 47)  # T, C, Z, Y, X
@@ -207,3 +208,16 @@ def test_a_damaged_chunk_is_named(tmp_path, series):
         del file["t00001/s00/0/cells"]
     with pytest.raises(ValueError, match="setup 0, time point 1, level 0 cannot be read"):
         open_volume(path, time=1).read((0, 0, 0, 1, 1, 1))
+
+
+def test_conversion_by_threads(tmp_path, series):
+    ims = write_imaris(tmp_path / "a.ims", series)
+    h5 = write_bdv(tmp_path / "b.h5", {0: series[:, 1]})
+    (tmp_path / "b.xml").write_text(bdv_xml([(0, {"channel": 0})], place='<hdf5 type="relative">b.h5</hdf5>'))
+    options = {"time": "all", "num_workers": 3, "chunk_size": 8, "shard_size": 16}
+    for path, expected in ((ims, series), (h5, series[:, 1:2])):
+        convert_volume(path, tmp_path / f"{path.stem}.zarr", **options)
+        for time in (0, 1):
+            volume = open_volume(tmp_path / f"{path.stem}.zarr", time=time)
+            assert volume.spacing_um == pytest.approx((2.0, 0.5, 0.4))
+            np.testing.assert_array_equal(volume.read((0, 0, 0, 9, 34, 47)), expected[time])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import z5py
 
+from seg3d_monai.data.convert import convert_volume
 from seg3d_monai.data.volume import open_volume
 
 
@@ -184,3 +185,10 @@ def test_folders_that_are_no_image(tmp_path, stack):
     (path / "attributes.json").write_text("{")
     with pytest.raises(ValueError, match=r"attributes\.json: cannot be read as JSON"):
         open_volume(path)
+
+
+def test_conversion_by_threads(tmp_path, stack):
+    path = write(tmp_path / "a.n5", "s0", stack, {"pixelResolution": {"unit": "um", "dimensions": [0.4, 0.5, 2.0]}})
+    convert_volume(path, tmp_path / "a.zarr", num_workers=3, chunk_size=8, shard_size=16)
+    assert open_volume(tmp_path / "a.zarr").spacing_um == (2.0, 0.5, 0.4)
+    np.testing.assert_array_equal(open_volume(tmp_path / "a.zarr").read((0, 0, 0, 9, 34, 47))[0], stack)

@@ -13,6 +13,7 @@ import pytest
 import tifffile
 import zarr
 
+from seg3d_monai.data.convert import convert_volume
 from seg3d_monai.data.volume import open_volume
 from seg3d_monai.inference.inputs import volume_identity
 
@@ -155,3 +156,10 @@ def test_a_server_that_does_not_answer(tmp_path, stack, server):
     chunk.write_bytes(chunk.read_bytes()[:20])
     with pytest.raises(ValueError, match=r"a\.zarr.*chunk \(1, 0, 1\) is damaged.*whether the server is still there"):
         volume.read(ROI)
+
+
+def test_conversion_by_threads(tmp_path, channels, server, ome_zarr):
+    ome_zarr(tmp_path / "i.zarr", channels, version="0.4", axes="czyx", scale=[1, 2.0, 0.5, 0.4])
+    convert_volume(f"{server}/i.zarr", tmp_path / "o.zarr", num_workers=3, chunk_size=8, shard_size=16)
+    assert open_volume(tmp_path / "o.zarr").spacing_um == (2.0, 0.5, 0.4)
+    np.testing.assert_array_equal(open_volume(tmp_path / "o.zarr").read((0, 0, 0, 9, 34, 47)), channels)

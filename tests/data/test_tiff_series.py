@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from seg3d_monai.data.convert import convert_volume
 from seg3d_monai.data.tiff_series import sort_files
 from seg3d_monai.data.volume import open_volume
 
@@ -201,3 +202,14 @@ def test_a_multi_file_ome_tiff_is_read_as_it_says(tmp_path, channels):
             for z in range(9):
                 writer.write(channels[c, z], description=xml if z == 0 else None, metadata=None, contiguous=False)
     np.testing.assert_array_equal(open_volume(tmp_path).read(ROI), inside(channels))
+
+
+def test_conversion_by_threads(tmp_path, channels):
+    for c, z in np.ndindex(2, 9):
+        tifffile.imwrite(tmp_path / f"brain_C{c}_{z:05d}.tif", channels[c, z], compression="zlib")
+    convert_volume(tmp_path / "brain_*.tif", tmp_path / "o.zarr", num_workers=3, chunk_size=8, shard_size=16)
+    np.testing.assert_array_equal(open_volume(tmp_path / "o.zarr").read((0, 0, 0, 9, 34, 47)), channels)
+    assert open_volume(tmp_path / "o.zarr").spacing_um is None
+    files = [tmp_path / f"brain_C1_{z:05d}.tif" for z in (3, 1)]
+    convert_volume(files, tmp_path / "two.zarr", spacing=(2, 1, 1))
+    np.testing.assert_array_equal(open_volume(tmp_path / "two.zarr").read((0, 0, 0, 2, 34, 47))[0], channels[1, [3, 1]])

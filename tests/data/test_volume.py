@@ -526,3 +526,41 @@ def test_sample_rois_are_disjoint_inside_and_within_budget(extents, max_voxels):
     assert seen.max() == 1
     assert max_voxels // 8 <= seen.sum() <= max_voxels or len(rois) == 1
     assert rois == sample_rois(extents, max_voxels)
+
+
+@pytest.mark.parametrize("options", [{}, {"rowsperstrip": 5}, {"tile": (16, 16)}, {"tile": (64, 64)}])
+def test_identity_of_compressed_pages_decodes_each_once(tmp_path, monkeypatch, options):
+    stack = np.random.default_rng(0).integers(0, 999, (40, 100, 120)).astype(np.uint16)
+    monkeypatch.setattr("seg3d_monai.data.volume.IDENTITY_VOXELS", 60000)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, stack, photometric="minisblack", compression="zlib", **options)
+    decoded = []
+    original = TiffArray._decode
+    monkeypatch.setattr(
+        TiffArray,
+        "_decode",
+        lambda self, data, page, index: decoded.append((page, index)) or original(self, data, page, index),
+    )
+    volume = open_volume(path)
+    assert volume.identity()["digest"] == ArrayVolume(stack).identity()["digest"]
+    rois = sample_rois(stack.shape, 60000)
+    assert len(rois) > 30
+    needed = {z for roi in rois for z in range(roi[0], roi[3])}
+    assert {page for page, _ in decoded} == needed
+    if options.get("tile") != (16, 16):  # pieces that are smaller than a block may be cut by several
+        assert len(decoded) <= 1.5 * len(set(decoded))
+    # One damaged piece spoils the blocks in it and no others.
+    monkeypatch.undo()
+    monkeypatch.setattr("seg3d_monai.data.volume.IDENTITY_VOXELS", 60000)
+    with tifffile.TiffFile(path) as tif:
+        page, index = decoded[0]
+        offset, count = tif.pages[page].dataoffsets[index], tif.pages[page].databytecounts[index]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\x5a" * count)
+    spoilt = open_volume(path)
+    assert spoilt.identity()["digest"] != ArrayVolume(stack).identity()["digest"]
+    expected = [None if voxels is None else voxels.tolist() for voxels in Volume._read_each(spoilt, rois)]
+    found = [None if voxels is None else voxels.tolist() for voxels in spoilt._read_each(rois)]
+    assert found == expected
+    assert None in found
