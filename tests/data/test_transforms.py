@@ -1,6 +1,8 @@
 """The default augmentation: geometry against hand-made numbers, exact ids, ignore that survives, repeatability."""
 
 import inspect
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,6 +221,22 @@ def test_every_probability_is_checked() -> None:
             train_transforms(**{name: wrong})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"flip_prob=.* three"):
         train_transforms(flip_prob=(0.5, 0.5))
+
+
+def test_the_strong_overlay_is_one_and_the_same_for_every_bundle() -> None:
+    overlays = sorted((Path(__file__).parents[2] / "bundles").glob("*/configs/overlays/augment_strong.json"))
+    assert len(overlays) == 3
+    assert len({overlay.read_text() for overlay in overlays}) == 1
+    prefix = "train#preprocessing#"
+    settings = {
+        key.removeprefix(prefix): value
+        for key, value in json.loads(overlays[0].read_text()).items()
+        if key.startswith(prefix)
+    }
+    kinds = [type(step) for step in train_transforms(crop_size=(4, 12, 10), **settings).transforms]
+    assert {RandWarpd, RandCoarseZd, RandChannelDropd} <= set(kinds)
+    result = train_transforms(crop_size=(4, 12, 10), **settings).set_random_state(seed=0)(crop())
+    assert result["image"].shape == result["label"].shape == (1, 4, 12, 10)
 
 
 def test_scales_that_make_no_sense() -> None:
