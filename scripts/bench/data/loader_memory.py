@@ -1,0 +1,83 @@
+"""Memory of a loader's worker: it must not grow with the volume whose crops it makes.
+
+A worker, spawned so that it shares no page with this process, makes crops of a volume of 4 GiB and its labels of as
+many voxels. Its own peak of resident memory (VmHWM) is read while it waits, Python and libraries included.
+"""
+
+import re
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from scipy import ndimage
+
+from bench.data.bars import Row
+from bench.data.options import Options
+from bench.inference.stacks import THRESHOLD, blob_tile, write_tiled
+from seg3d_monai.data import CropDataset, CropIndex, CropLoader, DataConfig, build_index, read_manifest
+from seg3d_monai.data.transforms import train_transforms
+
+SHAPE, TILE, PITCH, CHUNKS = (512, 2048, 2048), (64, 256, 256), (32, 64, 64), (32, 128, 128)
+QUICK_SHAPE, QUICK_TILE, QUICK_PITCH, QUICK_CHUNKS = (32, 128, 128), (16, 64, 64), (8, 16, 16), (16, 32, 32)
+CROP, MARGIN, QUICK_CROP, QUICK_MARGIN = (64, 128, 128), (4, 20, 20), (8, 32, 32), (2, 4, 4)
+NUM_CROPS, QUICK_NUM_CROPS = 100, 3
+METHOD = (
+    "Loader memory: VmHWM of one spawned worker of a CropLoader after 100 crops of 64x128x128 of a uint16 volume of 4 "
+    "GiB with uint16 labels, Zarr v3 in chunks of 32x128x128, the bundles' augmentation and the default cache."
+)
+
+
+def measure(options: Options) -> list[Row]:
+    """One row: the worker's peak (None where the system does not tell it)."""
+    is_quick = options.is_quick
+    crop, margin = (QUICK_CROP, QUICK_MARGIN) if is_quick else (CROP, MARGIN)
+    number = QUICK_NUM_CROPS if is_quick else NUM_CROPS
+    folder = options.folder / "loader_memory"
+    folder.mkdir()
+    index = write_data(folder, is_quick, crop)
+    dataset = CropDataset(
+        index, num_samples=number, crop_size=crop, margin=margin, transform=train_transforms(crop_size=crop)
+    )
+    loader = CropLoader(dataset, batch_size=1, num_workers=1, multiprocessing_context="spawn")
+    for _ in loader:
+        pass
+    iterator: Any = loader._iterator  # torch keeps it, and its worker, for the next epoch
+    peak = peak_of(iterator._workers[0].pid)
+    (record,) = index.volumes()
+    return [
+        {
+            "gigabytes": 2 * float(np.prod(record.shape, dtype=np.float64)) / 1e9,
+            "num_crops": number,
+            "peak_mb": None if peak is None else peak / 1e6,
+        }
+    ]
+
+
+def write_data(folder: Path, is_quick: bool, crop: tuple[int, ...]) -> CropIndex:
+    """A stack that repeats a tile of blobs, its labels, with ids of their own in each tile, and their index."""
+    shape, chunks = (QUICK_SHAPE, QUICK_CHUNKS) if is_quick else (SHAPE, CHUNKS)
+    tile = blob_tile(*((QUICK_TILE, QUICK_PITCH) if is_quick else (TILE, PITCH)))
+    write_tiled(folder / "image.zarr", tile, shape, chunks)
+    label, num_blobs = ndimage.label(tile > THRESHOLD, structure=np.ones((3, 3, 3)))
+    names = ["z", "y", "x"]
+    array = zarr.create_array(folder / "label.zarr", shape=shape, dtype=np.uint16, chunks=chunks, dimension_names=names)
+    starts = (range(0, extent, step) for extent, step in zip(shape, tile.shape, strict=True))
+    for number, corner in enumerate(product(*starts)):
+        window = tuple(slice(a, a + n) for a, n in zip(corner, tile.shape, strict=True))
+        array[window] = np.where(label > 0, label + number * num_blobs, 0).astype(np.uint16)
+    manifest = folder / "manifest.csv"
+    manifest.write_text(
+        "name,image,label,spacing_z_um,spacing_y_um,spacing_x_um\nstack,image.zarr,label.zarr,1.0,0.5,0.5\n"
+    )
+    return build_index(read_manifest(manifest), folder / "crops.sqlite", DataConfig(crop_size=crop), progress=False)
+
+
+def peak_of(process: int) -> int | None:
+    """Peak resident bytes of a process (Linux)."""
+    status = Path(f"/proc/{process}/status")
+    if not status.exists():
+        return None
+    match = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
+    return None if match is None else int(match[1]) * 1024
