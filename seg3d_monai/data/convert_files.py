@@ -79,7 +79,12 @@ class FileWriter:
             ValueError: they are those of another input or other options.
         """
         found: dict[str, Any] | None = None
-        if not restart and (self._folder / STATE).is_file():
+        is_begun = (self._folder / STATE).is_file()
+        if not is_begun and not is_own_output(self._folder) and _has_more_than_remains(self._folder):
+            raise ValueError(
+                f"{self._folder}: exists and was not written by seg3d; remove it yourself, or choose another"
+            )
+        if not restart and is_begun:
             found = json.loads((self._folder / STATE).read_text())["facts"]  # None: its arrays were not all made
         elif not restart and is_own_output(self._folder):
             found = facts_of(self._folder)  # complete, only not yet renamed
@@ -284,6 +289,11 @@ class FileWriter:
         (self._folder / LOG).unlink(missing_ok=True)
         (self._folder / STATE).unlink(missing_ok=True)
         return len(self._holes)
+
+
+def _has_more_than_remains(folder: Path) -> bool:
+    """Whether a folder holds anything but what a kill leaves before the first line is written."""
+    return any(entry.name != f"{STATE}.new" for entry in folder.iterdir())
 
 
 def facts_of(output: Path) -> dict[str, Any]:

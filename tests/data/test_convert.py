@@ -228,6 +228,13 @@ def test_a_finished_output_is_left_alone_and_another_one_too(tmp_path, image, so
         with pytest.raises(ValueError, match=r"foreign\.zarr: exists and was (made otherwise|not written by seg3d)"):
             convert_volume(source, foreign, axes="CZYX", restart=restart)
     np.testing.assert_array_equal(zarr.open_array(foreign, mode="r")[:], image)
+    kept = tmp_path / "mine.zarr.partial" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("of another program")
+    for restart in (False, True):
+        with pytest.raises(ValueError, match=r"mine\.zarr\.partial: exists and was not written by seg3d"):
+            convert_volume(source, tmp_path / "mine.zarr", axes="CZYX", restart=restart)
+    assert kept.read_text() == "of another program"
 
 
 def test_outputs_that_cannot_be(tmp_path, source):
