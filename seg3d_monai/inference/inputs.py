@@ -54,7 +54,7 @@ def open_input(
     spacing: Sequence[float] | None = None,
     channels: Sequence[int] | int | None = None,
     time: int = 0,
-    level: int = 0,
+    level: int | str = 0,
 ) -> Any:
     """A volume from a path, an array or a volume; the options describe a file, spacing also an array.
 

@@ -15,7 +15,7 @@ import zarr
 
 from seg3d_monai.data.convert import convert_volume
 from seg3d_monai.data.volume import open_volume
-from seg3d_monai.inference.inputs import volume_identity
+from seg3d_monai.inference.inputs import open_times, volume_identity
 
 ROI = (5, 15, 17, 7, 18, 20)
 
@@ -97,6 +97,8 @@ def test_ome_zarr(tmp_path, channels, server, ome_zarr, version):
     np.testing.assert_array_equal(coarse.read((0, 0, 0, 5, 17, 24)), channels[:, ::2, ::2, ::2])
     assert volume.identity()["digest"] == open_volume(tmp_path / "i.zarr", channels=1).identity()["digest"]
     assert volume_identity(volume)["modified"] is None
+    (again,), times = open_times(f"{server}/i.zarr", 0, channels=1, level="1um")
+    assert (again.level, times) == (1, None)
 
 
 def test_labels_and_single_images_of_groups(tmp_path, stack, server, ome_zarr):
