@@ -391,7 +391,7 @@ def measure(
     axes: str | None = None,
     channels: int | list[int] | None = None,
     time: int = 0,
-    level: int = 0,
+    level: str = "0",
 ) -> None:
     """Measure every object: intensity of each channel, shape, and the region of an atlas that it lies in.
 
@@ -405,7 +405,7 @@ def measure(
         axes: Order of the image's axes, for instance ZYX, CZYX or ZYXC.
         channels: Channel or list of channels to measure.
         time: Time point of the image.
-        level: Level of a multiscale image.
+        level: Level of a multiscale image: its number, its name, or a voxel size such as 2um.
     """
     from seg3d_monai.inference import measure_objects
 

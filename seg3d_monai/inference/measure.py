@@ -44,7 +44,7 @@ def measure_objects(
     spacing: Sequence[float] | None = None,
     channels: Sequence[int] | int | None = None,
     time: int = 0,
-    level: int = 0,
+    level: int | str = 0,
     atlas_spacing: Sequence[float] | None = None,
     progress: bool = True,
 ) -> Path:
@@ -80,7 +80,7 @@ def measure_objects(
         channels: channels to measure; None measures all.
         time: time point of the image, and of OUTPUT if that is a series too. If it is a series of some time points of
             the image only, pass an open volume of the image, and here the place in OUTPUT.
-        level: level of a multiscale image.
+        level: level of a multiscale image: its number, name or voxel size, as `open_volume` takes it.
         atlas_spacing: (z, y, x) micrometre per voxel of the atlas; overrides its metadata.
         progress: show a progress bar.
 
@@ -169,7 +169,7 @@ def _open_image(
     axes: str | None,
     channels: Sequence[int] | int | None,
     time: int,
-    level: int,
+    level: int | str,
 ) -> Volume:
     is_series = _num_times(labels) > 1
     if isinstance(image, Volume):

@@ -109,7 +109,7 @@ def predict_volume(
     spacing: Sequence[float] | None = None,
     channels: Sequence[int] | int | None = None,
     time: int | Sequence[int] | str = 0,
-    level: int = 0,
+    level: int | str = 0,
     roi: Sequence[int] | None = None,
     foreground: Any = None,
     skip_empty: bool = False,
@@ -159,7 +159,7 @@ def predict_volume(
         channels: channels to read.
         time: time point to read; several, or "all", make OUTPUT a series, in which every time point is a stack of its
             own and ids go on counting.
-        level: level of a multiscale image.
+        level: level of a multiscale image: its number, name or voxel size, as `open_volume` takes it.
         roi: (z1, y1, x1, z2, y2, x2) to predict, volume voxels; OUTPUT keeps the volume's shape and frame.
         foreground: path, volume or array of a mask on any grid over the same extent: blocks that read nothing of it
             are not predicted.
