@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -13,6 +12,7 @@ import tifffile
 import torch
 import zarr
 from monai.bundle import ConfigParser, ConfigWorkflow
+from warm_processes import run_module
 
 from seg3d_monai.cli import main
 from seg3d_monai.engine import read_spacing
@@ -46,8 +46,7 @@ bundles = pytest.mark.parametrize("bundle", BUNDLES)
 
 
 def run_bundle(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "monai.bundle", "run", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    return run_module("monai.bundle", "run", *arguments, cwd=cwd)
 
 
 def overrides(values: dict[str, object]) -> list[str]:
@@ -127,6 +126,28 @@ def test_bundles_differ_in_network_and_loss_only(name: str) -> None:
     first, *others = (json.loads((CONFIGS[bundle] / name).read_text()) for bundle in BUNDLES)
     for other in others:
         assert {k: v for k, v in other.items() if k not in own} == {k: v for k, v in first.items() if k not in own}
+
+
+@bundles
+def test_the_weights_that_a_training_starts_from_follow_from_its_seed(bundle: str, tmp_path: Path) -> None:
+    def weights(run: str, seed: int) -> dict[str, torch.Tensor]:
+        torch.seed()  # what was drawn before must not matter
+        places = {"dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / run)}
+        workflow = ConfigWorkflow(
+            config_file=str(CONFIGS[bundle] / "train.json"),
+            logging_file=False,
+            workflow_type="train",
+            seed=seed,
+            **places | SMALL | SMALL_NETWORK[bundle],
+        )
+        workflow.initialize()
+        found: dict[str, torch.Tensor] = workflow.parser.get_parsed_content("network").state_dict()
+        return found
+
+    write_dataset(tmp_path / "data")
+    first, again, other = weights("first", 3), weights("again", 3), weights("other", 4)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
 @bundles
