@@ -335,7 +335,7 @@ class CropIndex:
             return _instance_table(np.zeros(0, INSTANCE), np.zeros(0, np.int64))
         num_crops = min(CROPS_PER_LIST, volume["num_crops"] - block * CROPS_PER_LIST)
         visible = unpack_visible(rows[0][0], num_crops, place)
-        table = self.instances(volume["id"], ids=visible["id"].tolist())
+        table = self.instances(volume["id"], ids=visible["id"])
         return InstanceTable(
             ids=table.ids,
             labels=table.labels,
@@ -355,28 +355,31 @@ class CropIndex:
             ids: only those with these compact ids.
             labels: only those with these ids on disk.
         """
-        blocks: set[int] | None = None
-        wanted = None if ids is None else np.unique(np.array(list(ids), np.int64))
-        wanted_labels = None if labels is None else np.unique(np.array(list(labels), np.int64))
+        wanted, wanted_labels = _sorted_ids(ids), _sorted_ids(labels)
+        blocks: np.ndarray | None = None
         if wanted is not None:
-            blocks = set(np.unique((wanted - 1) // INSTANCES_PER_BLOCK).tolist())
+            blocks = np.unique((wanted - 1) // INSTANCES_PER_BLOCK)
         if wanted_labels is not None:
-            of_labels = np.searchsorted(self._first_labels(int(volume_id)), wanted_labels, side="right") - 1
-            blocks = set(of_labels.tolist()) if blocks is None else blocks & set(of_labels.tolist())
+            first_labels = self._first_labels(int(volume_id))
+            of_labels = np.unique(np.searchsorted(first_labels, wanted_labels, side="right") - 1)
+            blocks = of_labels if blocks is None else np.intersect1d(blocks, of_labels)
         sql, parameters = "SELECT block, rows FROM instances WHERE volume_id = ?", [int(volume_id)]
         if blocks is not None:
             sql += f" AND block IN ({', '.join('?' * len(blocks))})"
-            parameters += sorted(blocks)
+            parameters += blocks.tolist()
         found = self._query(sql + " ORDER BY block", parameters)
-        table = np.concatenate([np.zeros(0, INSTANCE), *(np.frombuffer(row["rows"], INSTANCE) for row in found)])
-        counts = [len(row["rows"]) // INSTANCE.itemsize for row in found]
+        table = np.frombuffer(b"".join([row["rows"] for row in found]), INSTANCE)
         firsts = np.array([row["block"] * INSTANCES_PER_BLOCK + 1 for row in found], np.int64)
-        known = np.repeat(firsts - np.cumsum([0, *counts])[:-1], counts) + np.arange(len(table))
-        is_kept = np.ones(len(table), bool)
-        for values, chosen in ((known, wanted), (table["label"], wanted_labels)):
-            if chosen is not None:
-                is_kept &= np.isin(values, chosen)
-        return _instance_table(table[is_kept], known[is_kept])
+        # Every block is full but the last one of a volume.
+        known = np.add.outer(firsts, np.arange(INSTANCES_PER_BLOCK)).reshape(-1)[: len(table)]
+        if wanted is not None:
+            places = np.searchsorted(known, wanted)
+            places = places[known[np.minimum(places, len(known) - 1)] == wanted] if len(known) else places[:0]
+            table, known = table[places], known[places]
+        if wanted_labels is not None:
+            is_kept = np.isin(table["label"], wanted_labels)
+            table, known = table[is_kept], known[is_kept]
+        return _instance_table(table, known)
 
     def grid(self, shape: Sequence[int]) -> CropGrid:
         """The grid of crops over a volume of (z, y, x) voxels."""
@@ -566,6 +569,13 @@ def _volume_record(row: sqlite3.Row, attributes: dict[str, str | float | int]) -
             + ("num_instances", "first_crop", "num_crops")
         },
     )
+
+
+def _sorted_ids(ids: Iterable[int] | None) -> np.ndarray | None:
+    """Distinct ids, ascending."""
+    if ids is None:
+        return None
+    return np.unique(np.asarray(ids if isinstance(ids, np.ndarray) else list(ids)).astype(np.int64))
 
 
 def _instance_table(table: np.ndarray, ids: np.ndarray) -> InstanceTable:

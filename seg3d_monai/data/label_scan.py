@@ -15,7 +15,7 @@ import numpy as np
 from seg3d_monai.data.crop_grid import CropGrid
 from seg3d_monai.data.targets import compact_labels
 
-_CACHED_VOXELS = 1 << 19  # looked at together: they stay in the processor's cache
+_CACHED_VOXELS = 1 << 18  # looked at together: they stay in the processor's cache
 NUM_COLUMNS = 8
 """Columns of rows: label id, voxels, z1, y1, x1, z2, y2, x2 in the volume frame; the id -1 is ignore."""
 
@@ -67,18 +67,21 @@ def measure_block(block: np.ndarray, corner: Sequence[int], grid: CropGrid, *, n
     if len(known) and int(known.min()) < 0:
         raise ValueError(f"{name}: labels hold ids of 2**63 or more; renumber them")
 
+    # The cell of a row of voxels is looked up once for its runs.
+    cell_z, cell_y, cell_x = (values - values[0] for values in (cell_z, cell_y, cell_x))
+    cell_of_line = (cell_z[:, None] * (cell_y[-1] + 1) + cell_y).reshape(-1) * (cell_x[-1] + 1)
     line = starts // width  # far faster than divmod
-    z = line // height
-    x, y = starts - line * width, line - z * height
-    cells = [values - values[0] for values in (cell_z, cell_y, cell_x)]
-    key = (cells[0][z] * (cells[1][-1] + 1) + cells[1][y]) * (cells[2][-1] + 1) + cells[2][x]
+    key = cell_of_line[line] + cell_x[starts - line * width]
     key *= len(known) + 1
     key += np.maximum(codes, 0)
     order, first = _groups(key)
-    x, y, z, codes, lengths = x[order], y[order], z[order], codes[order], lengths[order]
     last = np.append(first[1:], len(order)) - 1
+    starts, lengths = starts[order], lengths[order]
+    line = starts // width
+    x, z = starts - line * width, line // height
+    y = line - z * height
     rows = np.empty((len(first), NUM_COLUMNS), np.int64)
-    rows[:, 0] = np.concatenate([[-1], known])[np.maximum(codes[first], 0)]
+    rows[:, 0] = np.concatenate([[-1], known])[np.maximum(codes[order[first]], 0)]
     rows[:, 1] = np.add.reduceat(lengths, first)
     rows[:, 2], rows[:, 5] = z[first], z[last] + 1  # runs of a group are in the order of the voxels
     rows[:, 3], rows[:, 6] = np.minimum.reduceat(y, first), np.maximum.reduceat(y, first) + 1
@@ -105,7 +108,8 @@ def _runs(rows: np.ndarray, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
         flat = part.reshape(-1)
         changes = np.empty(flat.shape, bool)
         np.not_equal(flat[1:], flat[:-1], out=changes[1:])
-        changes.reshape(part.shape)[:, cuts] = True
+        for cut in cuts:  # strided writes, several times faster than one indexed by all
+            changes.reshape(part.shape)[:, cut] = True
         found = np.flatnonzero(changes)
         values = flat[found]
         marked = np.flatnonzero(values)
