@@ -33,6 +33,8 @@ from seg3d_monai.layers import (
     sine_positions,
 )
 
+Axes = tuple[int, int, int]
+
 
 class Prediction(NamedTuple):
     """What queries say: float32 class logits [N, Q, K], mask embeddings [N, Q, Cm], boxes [N, Q, 6] in voxels."""
@@ -71,17 +73,19 @@ class MaskDINOLayer(nn.Module):
         content: Tensor,
         positions: Tensor,
         boxes: Tensor,
-        decoded: PixelDecoderOutput,
+        memory: Tensor,
+        sizes: Sequence[Axes],
+        strides: Sequence[Axes],
+        padding: Tensor | None,
         forbidden: Tensor | None = None,
     ) -> Tensor:
         """Content [N, Q, C], positions [N, Q, C], boxes [N, Q, 6] in voxels -> content [N, Q, C].
 
-        `forbidden`, bool [N, Q, Q], is True where a query must not see another.
+        Memory [N, S, C], the sizes and strides of its levels, and padding bool [N, S] as DeformableAttention3d takes
+        them. `forbidden`, bool [N, Q, Q], is True where a query must not see another.
         """
         content = self.self_attention(content, positions, forbidden)
-        read = self.cross_attention(
-            content + positions, boxes, decoded.flat_memory, decoded.sizes, decoded.strides, decoded.flat_padding
-        )
+        read = self.cross_attention(content + positions, boxes, memory, sizes, strides, padding)
         refined: Tensor = self.feed_forward(self.norm(content + read))
         return refined
 
@@ -240,13 +244,14 @@ class MaskDINODecoder(nn.Module):
         self, content: Tensor, boxes: Tensor, decoded: PixelDecoderOutput, forbidden: Tensor | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """The normed queries and their boxes after every layer."""
+        memory = (decoded.flat_memory, decoded.sizes, decoded.strides, decoded.flat_padding)
         states = []
         for layer in self.layers:
             references = boxes.detach()
             lower, upper = references.split(3, -1)
             coordinates = torch.cat([(lower + upper) / 2, upper - lower], -1)
             positions = self.position(sine_positions(coordinates, 3 * content.shape[2]).to(content.dtype))
-            content = layer(content, positions, references, decoded, forbidden)
+            content = layer(content, positions, references, *memory, forbidden)
             normed = self.heads.norm(content)
             # DINO looks forward twice: a layer's box also trains the layer before, through the box that it refines.
             refined, boxes = refine_boxes(self.heads.box_deltas(normed), torch.stack([boxes, references]))

@@ -6,8 +6,7 @@ Mask DINO replaces these boxes by the tight boxes of the tokens' first masks. Mu
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,7 @@ OUTSIDE = -1e4
 """Added to a mask logit outside the box of its query: below any logit, and finite in every half type."""
 
 
-@dataclass(frozen=True)
-class SelectedTokens:
+class SelectedTokens(NamedTuple):
     """The best tokens of each image, best first; Q is the number asked for, or of all tokens where that is less.
 
     Args:

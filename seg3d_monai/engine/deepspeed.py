@@ -156,6 +156,8 @@ class DeepSpeedReplicas:
         self._trained = trained.network
         self._optimizer = optimizer
         self._stage = self.module.zero_optimization_stage()
+        if self._stage == 3:
+            _fetch_where_weights_are_read(trained)
         self._drops = False
         names = {id(p): name for name, p in trained.network.named_parameters()}
         self._flats = list(_flats(self._stage, self._zero, optimizer, names))
@@ -243,8 +245,8 @@ class DeepSpeedReplicas:
         groups = state["optimizer"]["param_groups"]
         if [len(group["params"]) for group in groups] != [len(names) for names, _ in self._groups]:
             raise ValueError("the optimizer's groups have other numbers of parameters")
+        self._load_weights(state["network"])
         with torch.no_grad():
-            self._load_weights(state["network"])
             if average is not None:
                 for flat, averaged in zip(self._flats, average.averages, strict=True):
                     averaged.copy_(flat.share(state["ema"]))
@@ -303,6 +305,7 @@ class DeepSpeedReplicas:
                     value = flat.share(named).to(flat.weights)
                 self._optimizer.state[flat.weights][key] = value.clone() if torch.is_tensor(value) else value
 
+    @torch.no_grad()
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
         for flat in self._flats:
             flat.weights.copy_(flat.share(weights))
@@ -330,6 +333,36 @@ class _Computed(nn.Module):
     def forward(self, images: Tensor, *arguments: Any, **named: Any) -> Any:
         with torch.autocast(images.device.type, self.amp_type, enabled=self.amp_type is not None):
             return self.network(images, *arguments, **named)
+
+
+class _IfWeightsAreRead:
+    """A function of DeepSpeed around a module's backward pass, left out where the module itself reads no weights.
+
+    Args:
+        module: of the trained network.
+        function: what fetches or releases its weights; an autograd function on its outputs or inputs.
+    """
+
+    def __init__(self, module: nn.Module, function: Any) -> None:
+        self._module = module
+        self._function = function
+        self._has_weights = any(True for _ in module.parameters(recurse=False))
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        reads = self._has_weights or any(self._module.ds_external_parameters())
+        result: Tensor = self._function.apply(tensor) if reads else tensor
+        return result
+
+
+def _fetch_where_weights_are_read(trained: nn.Module) -> None:
+    """Let ZeRO 3 follow the backward pass through those modules only that have weights to fetch.
+
+    It wants the same order in every process, with an entry for each output of a module, and which outputs a network has
+    may depend on its images: those of denoising queries are there with instances only.
+    """
+    for module in trained.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            setattr(module, name, _IfWeightsAreRead(module, getattr(module, name)))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class DeformableAttention3d(nn.Module):
         self.num_points = num_points
         samples = num_heads * num_levels * num_points
         self.offsets = ScaledLinear(channels, samples * 3)
-        self.weights = nn.Linear(channels, samples)
+        self.weights = ScaledLinear(channels, samples)
         self.value = nn.Linear(channels, channels)
         self.output = nn.Linear(channels, channels)
         self._initialise()
@@ -102,7 +102,7 @@ class DeformableAttention3d(nn.Module):
         per_cell, per_voxel = (s.to(queries.device, dtype, non_blocking=True) for s in scales)
         # Places and weights stay in float32 where values are halved: bfloat16 is off by cells on a long axis.
         with torch.autocast(queries.device.type, enabled=False):
-            asked = queries.to(self.offsets.weight.dtype)
+            asked = queries.to(dtype)
             places = self._places(asked, references.to(dtype), per_cell, per_voxel)
             weights = self.weights(asked).to(dtype)
         samples = self.num_levels * self.num_points
@@ -119,7 +119,7 @@ class DeformableAttention3d(nn.Module):
         shape = (self.num_heads, self.num_levels, self.num_points, 3)
         if references.shape[-1] == 3:
             centre = references
-            scale = per_cell[:, None].expand(shape).reshape(-1).to(queries.dtype)
+            scale = per_cell[:, None].expand(shape).reshape(-1)
             offsets = self.offsets(queries, scale).to(references.dtype).unflatten(-1, shape)
         else:
             lower, upper = references.split(3, -1)
@@ -133,13 +133,18 @@ class DeformableAttention3d(nn.Module):
 
 
 class ScaledLinear(nn.Linear):
-    """nn.Linear whose results may be scaled, one by one; weights are read here only, where ZeRO 3 has gathered them."""
+    """nn.Linear in the dtype of its weights, whose results may be scaled, one by one.
+
+    Weights are read here only, where ZeRO 3 has gathered them.
+    """
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """[..., C] and a scale [O] -> [..., O]."""
+        x = x.to(self.weight.dtype)
         if scale is None:
             return super().forward(x)
         # Scaled weights give scaled results: there are far fewer weights than results.
+        scale = scale.to(x.dtype)
         return F.linear(x, self.weight * scale[:, None], self.bias * scale)
 
 

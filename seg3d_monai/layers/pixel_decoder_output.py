@@ -1,7 +1,7 @@
 """What a pixel decoder hands to a transformer decoder. Here, since decoders must not know heads, nor heads decoders."""
 
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,20 @@ from seg3d_monai.layers.position import level_centres
 Axes = tuple[int, int, int]
 
 
-@dataclass
-class PixelDecoderOutput:
+class _Fields(NamedTuple):
+    memory: list[Tensor]
+    sizes: list[Axes]
+    strides: list[Axes]
+    padding: list[Tensor] | None
+    mask_features: Tensor
+    mask_stride: Axes
+
+
+class PixelDecoderOutput(_Fields):
     """Memory of several levels, and mask features.
+
+    A tuple, in which DeepSpeed finds the tensors: under ZeRO 3 it fetches a module's weights again when gradients of
+    the module's outputs come.
 
     Args:
         memory: [N, C, d, h, w] of each level, finest first.
@@ -26,13 +37,6 @@ class PixelDecoderOutput:
             every logit is then 0 and turns no neighbour's sign when interpolated.
         mask_stride: (z, y, x) voxels of a cell of the mask features.
     """
-
-    memory: list[Tensor]
-    sizes: list[Axes]
-    strides: list[Axes]
-    padding: list[Tensor] | None
-    mask_features: Tensor
-    mask_stride: Axes
 
     @cached_property
     def flat_memory(self) -> Tensor:

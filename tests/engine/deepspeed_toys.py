@@ -6,13 +6,21 @@ from ignite.engine import Events
 from replica_toys import CropsOfRank, cell_crop, toy_trainer
 from torch import nn
 
-from seg3d_monai.backbones import resnet_backbone
+from seg3d_monai.backbones import ConvNeXt, ViT, resnet_backbone
 from seg3d_monai.engine import InstanceTrainer
 from seg3d_monai.losses import MaskRCNNCriterion, SetCriterion
 from seg3d_monai.matching import HungarianMatcher, IoUMatcher
 from seg3d_monai.models import mask2former3d, maskdino3d, maskrcnn3d
 
 MODELS = ["maskrcnn3d", "maskdino3d", "mask2former3d"]
+BACKBONES = {
+    "maskrcnn3d": (resnet_backbone, {"depth": 10, "width": 8}),
+    "maskdino3d": (
+        ConvNeXt,
+        {"depths": [1] * 4, "widths": [8, 8, 16, 16], "kernel_size": (3, 3, 3), "activation_checkpointing": True},
+    ),
+    "mask2former3d": (ViT, {"channels": 16, "depth": 1, "num_heads": 2, "patch_size": (2, 8, 8)}),
+}
 SIZES = {
     "hidden": 16,
     "mask_channels": 8,
@@ -26,8 +34,9 @@ SIZES = {
 
 
 def settings(stage, **more):
-    """ZeRO with every parameter shared out, however small."""
-    return {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}, **more}
+    """ZeRO with every parameter shared out, however small, and at stage 3 no longer whole than a module runs."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    return {"zero_optimization": zero, **more}
 
 
 def parameters(weights):
@@ -73,9 +82,9 @@ def train_in_parts(rank, size, stage, folder):
     first = adam_trainer(rank, size, stage)
     first.add_event_handler(Events.EPOCH_COMPLETED(once=1), first.terminate)
     first.run()
-    save(rank, first, folder / f"{stage}.pt")
+    save(rank, first, folder / f"zero{stage}.pt")
     second = adam_trainer(rank, size, stage)
-    second.restore(torch.load(folder / f"{stage}.pt", weights_only=True))
+    second.restore(torch.load(folder / f"zero{stage}.pt", weights_only=True))
     second.run()
     return evaluated(whole), evaluated(second)
 
@@ -111,15 +120,16 @@ def skip(rank, size, stage, poison, batches):
 
 
 def model(name):
-    """A network and its criterion."""
-    backbone = resnet_backbone(depth=10, in_channels=1, width=8)
+    """A network and its criterion; the three have three backbones, and Mask DINO recomputes its activations."""
+    make_backbone, sizes = BACKBONES[name]
+    backbone = make_backbone(in_channels=1, **sizes)
     if name == "maskrcnn3d":
         shapes = [[[6, 12, 12]], [[12, 24, 24]]]
         network = maskrcnn3d(backbone=backbone, anchor_shapes=shapes, fpn_channels=8, box_hidden=16, mask_channels=8)
         matcher = IoUMatcher(foreground_iou=0.4, background_iou=0.2, match_best=True)
         return network, MaskRCNNCriterion(matcher=matcher)
     build, kind = (maskdino3d, "focal") if name == "maskdino3d" else (mask2former3d, "cross_entropy")
-    more = {} if name == "maskdino3d" else {"query_source": "selected"}
+    more = {"activation_checkpointing": True} if name == "maskdino3d" else {"query_source": "selected"}
     cost = "focal" if kind == "focal" else "softmax"
     matcher = HungarianMatcher(class_weight=4, mask_bce_weight=5, mask_dice_weight=5, class_cost=cost)
     criterion = SetCriterion(matcher=matcher, class_loss=kind)
@@ -157,13 +167,18 @@ def model_trainer(name, loader, **arguments):
 
 
 def train_model(rank, size, name, stage, amp="off", more=None):
-    """(weights before, after) two steps in which the second process has crops without cells."""
+    """Two steps in which the second process has crops without cells: weights before and after, `readers_of_others`."""
     loader = CropsOfRank(num_crops=2 * size, batch_size=1, rank=rank, size=size, make=crop_of_first)
     deepspeed = None if stage is None else settings(stage, **(more or {}))
     trainer = model_trainer(name, loader, amp=amp, deepspeed=deepspeed)
     before = parameters(trainer.network.state_dict())
     trainer.run()
-    return before, evaluated(trainer)[0]
+    return before, evaluated(trainer)[0], readers_of_others(trainer.replicas.module) if stage == 3 else []
+
+
+def readers_of_others(engine):
+    """Modules that read weights of other modules in the forward pass; DeepSpeed fetches these for them too."""
+    return [name for name, module in engine.module.named_modules() if any(module.ds_external_parameters())]
 
 
 def parameters_without_gradient(network: nn.Module):
