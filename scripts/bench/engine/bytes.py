@@ -28,6 +28,11 @@ from seg3d_monai.engine import InstanceTrainer
 OVERLAY = "model_r50"
 CROP_SIZE, NUM_INSTANCES = (32, 64, 64), 12
 NUM_STEPS = 3
+CASES: tuple[tuple[int, int, Mapping[str, Any]], ...] = (
+    (0, 1, {}),
+    (3, 2, {"zero_optimization#stage3_param_persistence_threshold": 0}),
+)
+"""Stage of ZeRO, workers, and what differs from its overlay in DeepSpeed's settings."""
 STATE = ("weights", "gradients", "optimizer state", "buffers", "the config's network")
 """What the bar is about; DeepSpeed trains a copy of the config's network, which stays where it is."""
 AVERAGE = "averaged weights"
@@ -46,8 +51,8 @@ CODE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.Buil
 def measure(options: Options) -> list[Row]:
     """One row for each stage of ZeRO, the most of its workers."""
     rows = []
-    for stage, workers in ((0, 1), (3, 2)):
-        found = in_processes(workers, 1, options.folder, measure_here, options, stage)
+    for stage, workers, settings in CASES:
+        found = in_processes(workers, 1, options.folder, measure_here, options, stage, settings)
         row = max(found, key=lambda of_worker: of_worker["state_mb"])
         rows.append({"stage": stage, "workers": workers, **row})
     for row in rows:
@@ -55,10 +60,9 @@ def measure(options: Options) -> list[Row]:
     return rows
 
 
-def measure_here(options: Options, stage: int) -> Row:
+def measure_here(options: Options, stage: int, settings: Mapping[str, Any]) -> Row:
     """Megabytes of each kind at the worst moment in this process, and its peak of resident memory."""
     resident = ResidentPeak() if Path("/proc/self/clear_refs").exists() else None
-    zero = "train#trainer#deepspeed#zero_optimization"
     changes: dict[str, Any] = {
         "amp": "bf16",
         "batch_size": 1,
@@ -66,8 +70,7 @@ def measure_here(options: Options, stage: int) -> Row:
         "train#handlers": [],
         "train#dataloader": "$[None]",
     }
-    if stage == 3:
-        changes[f"{zero}#stage3_param_persistence_threshold"] = 0
+    changes |= {f"train#trainer#deepspeed#{key}": value for key, value in settings.items()}
     parser = read_bundle(options, f"zero{stage}", overlays=[OVERLAY, f"deepspeed_zero{stage}"], changes=changes)
     training = build(parser, "cpu")
     size, num_instances = ((16, 32, 40), 6) if options.is_quick else (CROP_SIZE, NUM_INSTANCES)

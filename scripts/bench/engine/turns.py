@@ -165,6 +165,8 @@ def compare(ours: EngineRun | PlainLoop, baseline: EngineRun | PlainLoop, num_wa
         "times_baseline": statistics.median(a / b for a, b in zip(own, other, strict=True)),
         "times_baseline_mean": sum(own) / sum(other),
         "largest_deviation": max(deviations),
+        "ours_losses": ours.losses,
+        "baseline_losses": baseline.losses,
         "first_loss": baseline.losses[0],
         "last_loss": baseline.losses[-1],
         "num_steps": len(own),

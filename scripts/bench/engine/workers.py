@@ -20,11 +20,12 @@ def measure(options: Options) -> list[Row]:
     """One row: milliseconds a sample of each turn, and how many times faster two workers are."""
     taken: dict[int, list[float]] = {1: [], 2: []}
     means: dict[int, list[float]] = {1: [], 2: []}
-    for turn, workers in enumerate(TURNS):
+    turns = (1, 2) if options.is_quick else TURNS
+    for turn, workers in enumerate(turns):
         seconds, batch_size = in_processes(workers, 1, options.folder, measure_here, options, turn, workers)[0]
         taken[workers].append(statistics.median(seconds) / (batch_size * workers) * 1e3)
         means[workers].append(statistics.mean(seconds) / (batch_size * workers) * 1e3)
-    row: Row = {"turns": TURNS, "batch_size": batch_size, "one_ms": taken[1], "two_ms": taken[2]}
+    row: Row = {"turns": turns, "batch_size": batch_size, "one_ms": taken[1], "two_ms": taken[2]}
     row |= {"speed_up_of_means": sum(means[1]) / sum(means[2])}
     return [row | {"speed_up": sum(taken[1]) / sum(taken[2])}]
 
