@@ -33,7 +33,7 @@ from seg3d_monai.data.crop_index_format import (
 from seg3d_monai.data.crop_index_journal import ScanJournal
 from seg3d_monai.data.crop_index_scan import ScanJob, open_files, scan_volumes
 from seg3d_monai.data.data_config import DataConfig
-from seg3d_monai.data.file_evidence import Evidence, is_constant, is_unchanged, quick_evidence, voxel_digest
+from seg3d_monai.data.file_evidence import Evidence, evidence_of, is_constant, voxel_digest
 from seg3d_monai.data.manifest import (
     FILE_COLUMNS,
     Location,
@@ -94,17 +94,14 @@ def build_index(
     target = Path(db).absolute()
     files = [open_files(row) for row in rows]
     evidence = [
-        {column: quick_evidence(volume, getattr(row, column)) for column, volume in opened.items()}
+        {column: evidence_of(volume, getattr(row, column)) for column, volume in opened.items()}
         for row, opened in zip(rows, files, strict=True)
     ]
     _check_duplicates(rows, files, evidence)
     meta = {"config": config.to_json(), "rows": _digest([_row_json(row) for row in rows])}
     try:
         with _Known(target) as known:
-            kept = [
-                known.volume(row, opened, found, config, skip_bad)
-                for row, opened, found in zip(rows, files, evidence, strict=True)
-            ]
+            kept = [known.volume(row, found, config, skip_bad) for row, found in zip(rows, evidence, strict=True)]
             changes = known.changes(meta, rows, kept)
             journal_path = target.with_name(f"{target.name}.building")
             if known.is_index and not changes:
@@ -194,7 +191,6 @@ class _Known:
     def volume(
         self,
         row: ManifestRow,
-        files: Mapping[str, Volume],
         evidence: Mapping[str, Evidence],
         config: DataConfig,
         skip_bad: bool,
@@ -203,18 +199,15 @@ class _Known:
         found = self._volumes.get(row.name)
         if found is None or _scan_config(self._meta["config"]) != _scan_config(config) or found["axes"] != row.axes:
             return None
-        known = json.loads(found["files"])
         unreadable = json.loads(found["unreadable"])
-        if known.keys() != files.keys() or (unreadable and not skip_bad):
-            return None
-        if not all(is_unchanged(volume, evidence[column], known[column]) for column, volume in files.items()):
+        if json.loads(found["files"]) != evidence or (unreadable and not skip_bad):
             return None
         facts = {
             "intensity": json.loads(found["intensity"]),
             "num_instances": found["num_instances"],
             "num_crops": found["num_crops"],
             "unreadable": unreadable,
-            "files": {column: {**known[column], "stat": evidence[column]["stat"]} for column in files},
+            "files": evidence,
         }
         return _Source(self._packed, found["id"], facts)
 
@@ -366,7 +359,7 @@ def _check_duplicates(
     rows: Sequence[ManifestRow], files: Sequence[Mapping[str, Volume]], evidence: Sequence[Mapping[str, Evidence]]
 ) -> None:
     """One image under two names: refused across splits, else a warning."""
-    first: dict[str, int] = {}
+    first: dict[str | None, int] = {}
     for position, row in enumerate(rows):
         other = first.setdefault(evidence[position]["image"]["sample"], position)
         if other == position:

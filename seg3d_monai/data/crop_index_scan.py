@@ -34,7 +34,7 @@ from seg3d_monai.data.crop_index_format import (
 )
 from seg3d_monai.data.crop_index_journal import ScanJournal
 from seg3d_monai.data.data_config import DataConfig
-from seg3d_monai.data.file_evidence import Evidence, file_stat, full_evidence
+from seg3d_monai.data.file_evidence import Evidence, file_stat
 from seg3d_monai.data.intensity import check_finite, measure_intensity
 from seg3d_monai.data.label_scan import check_label, join_crops, join_instances, measure_block
 from seg3d_monai.data.manifest import ManifestRow
@@ -294,7 +294,7 @@ def _finish(job: ScanJob, journal: ScanJournal, config: DataConfig) -> None:
         "num_instances": len(totals),
         "num_crops": len(grid),
         "unreadable": journal.unreadable(job.scan_id),
-        "files": {column: full_evidence(volume, getattr(job.row, column)) for column, volume in job.files.items()},
+        "files": job.evidence,
     }
     journal.finish(job.scan_id, facts)
 

@@ -1,8 +1,7 @@
 """Whether a volume's files are still what they were: size and time of every file, and a sample of the voxels.
 
-Size and time are not enough: a copy has others with the same voxels, and a synchronising tool may keep both over other
-voxels. A few voxels are read each time; all of them, up to `IDENTITY_VOXELS`, where the times speak of a change. Of
-what lies behind a URL the few voxels alone are known.
+Size and time are not enough: a synchronising tool may keep both over other voxels, so a few are read each time. Of what
+lies behind a URL these few voxels alone are known.
 
 Must not know: manifests, SQLite.
 """
@@ -10,26 +9,24 @@ Must not know: manifests, SQLite.
 import glob
 import hashlib
 import os
-from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 from seg3d_monai.data.volume import IDENTITY_VOXELS, Roi, Volume
 
 _SAMPLE_BLOCK = (8, 64, 64)
 
-Evidence = dict[str, Any]
-"""{"stat": of the files or None, "sample": of a few voxels, "voxels": of all of them or None}."""
+Evidence = dict[str, str | None]
+"""{"stat": of the files, None behind a URL, "sample": of a few voxels}; equal as long as nothing has changed."""
 
 
-def quick_evidence(volume: Volume, location: str | os.PathLike[str]) -> Evidence:
-    """What can be said at once; "voxels" is None. The location is what the volume was opened with."""
-    return {"stat": file_stat(location), "sample": _sample(volume), "voxels": None}
+def evidence_of(volume: Volume, location: str | os.PathLike[str]) -> Evidence:
+    """What a volume is now.
 
-
-def full_evidence(volume: Volume, location: str | os.PathLike[str]) -> Evidence:
-    """With all voxels where there are no more than `IDENTITY_VOXELS`."""
-    return {**quick_evidence(volume, location), "voxels": voxel_digest(volume)}
+    Args:
+        volume: as it was opened.
+        location: what it was opened with.
+    """
+    return {"stat": file_stat(location), "sample": _sample(volume)}
 
 
 def voxel_digest(volume: Volume) -> str | None:
@@ -38,21 +35,6 @@ def voxel_digest(volume: Volume) -> str | None:
         return None
     digest: str = volume.identity()["digest"]
     return digest
-
-
-def is_unchanged(volume: Volume, found: Evidence, known: Mapping[str, Any] | None) -> bool:
-    """Whether a volume is what it was.
-
-    Args:
-        volume: as it is now.
-        found: its `quick_evidence`.
-        known: its `full_evidence` of another time, None if there was no such volume.
-    """
-    if known is None or found["sample"] != known["sample"]:
-        return False
-    if found["stat"] == known["stat"]:
-        return True
-    return known["voxels"] is not None and voxel_digest(volume) == known["voxels"]
 
 
 def file_stat(location: str | os.PathLike[str]) -> str | None:
