@@ -100,7 +100,7 @@ def test_a_query_reads_the_memory_inside_its_last_mask_only(level):
     assert not outside.all((1, 2, 3)).any()
     memory = list(given.memory)
     memory[level] = memory[level].masked_fill(outside[:, None], 1e4)
-    given.memory = memory
+    given = given._replace(memory=memory)
     found = decoder(given)
     assert torch.equal(found["class_logits"], wanted["class_logits"])
     assert torch.equal(found["mask_embeds"], wanted["mask_embeds"])
@@ -116,11 +116,12 @@ def test_a_query_reads_the_memory_inside_its_last_mask_only(level):
 def test_a_query_with_an_empty_mask_reads_everywhere():
     decoder, given = build(num_queries=1, num_layers=1), decoded()
     embed = decoder(given)["mask_embeds"][0, 0, 0].detach()
-    given.mask_features = -embed[:, None, None, None].expand_as(given.mask_features)
+    given = given._replace(mask_features=-embed[:, None, None, None].expand_as(given.mask_features))
     found = decoder(given)
-    given.mask_features = embed[:, None, None, None].expand_as(given.mask_features)  # a mask of the whole image
+    everywhere = embed[:, None, None, None].expand_as(given.mask_features)  # a mask of the whole image
+    given = given._replace(mask_features=everywhere)
     torch.testing.assert_close(found["class_logits"], decoder(given)["class_logits"])
-    given.memory = [m.clone() for m in given.memory]
+    given = given._replace(memory=[m.clone() for m in given.memory])
     given.memory[2][:, :, -1, -1, -1] += 3
     assert not torch.isclose(found["class_logits"][1], decoder(given)["class_logits"][1]).any()
 
@@ -133,12 +134,10 @@ VALID = [(5, 18, 26), (3, 7, 11)]
 def test_padding_is_not_read(source, is_empty):
     decoder, given = build(query_source=source, num_queries=3), decoded(valid=VALID)
     if is_empty:  # zeros forbid nothing, also not in the padding
-        given.mask_features = torch.zeros_like(given.mask_features)
+        given = given._replace(mask_features=torch.zeros_like(given.mask_features))
     wanted = decoder(given)
-    spoiled = decoded(valid=VALID)
-    spoiled.mask_features = given.mask_features
-    spoiled.memory = [m.masked_fill(p[:, None], 1e4) for m, p in zip(given.memory, given.padding, strict=True)]
-    found = decoder(spoiled)
+    memory = [m.masked_fill(p[:, None], 1e4) for m, p in zip(given.memory, given.padding, strict=True)]
+    found = decoder(given._replace(memory=memory))
     assert torch.equal(found["class_logits"], wanted["class_logits"])
     assert torch.equal(found["mask_embeds"], wanted["mask_embeds"])
 
@@ -159,8 +158,8 @@ def test_mask_features_are_averaged_over_the_cells_of_each_level():
 
 def test_permuting_queries_permutes_predictions():
     decoder, given, order = build().double(), decoded(), torch.tensor([3, 0, 4, 1, 2])
-    given.memory = [m.double() for m in given.memory]
-    given.mask_features = given.mask_features.double()
+    memory = [m.double() for m in given.memory]
+    given = given._replace(memory=memory, mask_features=given.mask_features.double())
     wanted = decoder(given)
     with torch.no_grad():
         decoder.content.copy_(decoder.content[order])
@@ -175,9 +174,8 @@ def test_images_of_a_batch_are_independent():
         decoder, both = build(query_source=source), decoded()
         wanted = decoder(both)["class_logits"]
         for n in range(IMAGES):
-            one = decoded()
-            one.memory = [m[n : n + 1] for m in one.memory]
-            one.mask_features = one.mask_features[n : n + 1]
+            memory = [m[n : n + 1] for m in both.memory]
+            one = both._replace(memory=memory, mask_features=both.mask_features[n : n + 1])
             found = decoder(one)["class_logits"]
             torch.testing.assert_close(found, wanted[:, n : n + 1], atol=1e-4, rtol=1e-4)
 
