@@ -178,10 +178,13 @@ def build_tile(fine: zarr.Array[Any], coarse: zarr.Array[Any], step: Triple, dow
     starts = [n * e for n, e in zip((i, j, k), extent, strict=True)]
     stops = [min(a + e, n) for a, e, n in zip(starts, extent, coarse.shape[-3:], strict=True)]
     voxels = np.zeros([b - a for a, b in zip(starts, stops, strict=True)], coarse.dtype)
-    # Chunk by chunk: the finer voxels of a whole shard would be eight times as many.
-    lines = (range(a, b, c) for a, b, c in zip(starts, stops, coarse.chunks[-3:], strict=True))
+    # Slab by slab: the finer voxels of a whole shard would be eight times as many. Those of a slab are one chunk deep,
+    # so that a level with all axes halved takes no more memory than another.
+    depth, height, width = coarse.chunks[-3:]
+    slab = (max(1, depth // step[0]), height, width)
+    lines = (range(a, b, c) for a, b, c in zip(starts, stops, slab, strict=True))
     for corner in product(*lines):
-        ends = [min(a + c, b) for a, c, b in zip(corner, coarse.chunks[-3:], stops, strict=True)]
+        ends = [min(a + c, b) for a, c, b in zip(corner, slab, stops, strict=True)]
         extents = zip(corner, ends, step, strict=True)
         source: tuple[int | slice, ...] = (*leading, *(slice(a * f, b * f) for a, b, f in extents))
         finer = np.asarray(fine[source])
