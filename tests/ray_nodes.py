@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-WAIT = 240  # seconds; far more than anything takes, for a busy machine
+WAIT = 600  # seconds; far more than anything takes, on a busy machine too
 RESTART = 90  # seconds from the death of a worker to the next group's first step
 STORE = {"object_store_memory": 80 * 2**20}
 
