@@ -183,10 +183,10 @@ class CropDataset(Dataset[CropSample]):
         image_crop = _fit(_plain(data["image"]).to(torch.float32), self.crop_size, 0.0)
         code_crop = _fit(_plain(data["label"]), self.crop_size, IGNORE)[0].numpy()
 
-        # ids of the transformed crop are ranks within the crop; the volume's own ids come back through a table.
-        table = np.concatenate([[0], record.ids, [IGNORE]])
+        # ids of the transformed crop are ranks within the crop; the volume's own come back with the targets.
         targets = derive_targets(
-            table[code_crop.astype(np.int64)],
+            code_crop,
+            ids=record.ids,
             classes=dict(zip(record.ids.tolist(), record.classes.tolist(), strict=True)),
             full_voxels=dict(zip(record.ids.tolist(), record.voxels.tolist(), strict=True)),
             min_voxels=self._min_voxels,

@@ -96,6 +96,7 @@ def instance_extents(codes: np.ndarray, num_ids: int) -> tuple[np.ndarray, np.nd
 def derive_targets(
     label: np.ndarray | torch.Tensor,
     *,
+    ids: np.ndarray | None = None,
     classes: Mapping[int, int] | int = 0,
     full_voxels: Mapping[int, int] | None = None,
     min_voxels: int = 20,
@@ -111,6 +112,7 @@ def derive_targets(
 
     Args:
         label: integer [D, H, W]; 0 background, -1 ignore, else ids.
+        ids: int64 [K], ascending; where given, `label` holds k in place of ``ids[k - 1]``, which spares a search.
         classes: class of each id, or one class for all.
         full_voxels: voxels of each id in its whole volume; without it, or for ids it lacks, an instance counts as whole
             unless it reaches a face of the crop.
@@ -123,12 +125,19 @@ def derive_targets(
         The targets; G may be 0.
 
     Raises:
-        ValueError: if `label` is not an integer array [D, H, W], or an id has no class.
+        ValueError: if `label` is not an integer array [D, H, W], holds more than `ids`, or an id has no class.
     """
     array = label.detach().cpu().numpy() if isinstance(label, torch.Tensor) else np.asarray(label)
     if array.ndim != 3 or array.dtype.kind not in "iu":
         raise ValueError(f"label has shape {array.shape} and dtype {array.dtype}; give an integer array [D, H, W]")
-    codes, ids = compact_labels(array)
+    if ids is None:
+        codes, ids = compact_labels(array)
+    elif array.size and not IGNORE <= int(array.min()) <= int(array.max()) <= len(ids):
+        raise ValueError(
+            f"label holds {int(array.min())} to {int(array.max())} for {len(ids)} ids; give -1 to their number"
+        )
+    else:
+        codes = array
     boxes, voxels = instance_extents(codes, len(ids))
 
     known = full_voxels if full_voxels is not None else {}
@@ -143,7 +152,7 @@ def derive_targets(
     table = np.empty(len(ids) + 2, np.int64)
     table[0], table[-1] = 0, IGNORE  # code -1 reads the last entry
     table[1:-1] = np.where(fragment, IGNORE, ids)
-    keep = ~fragment
+    keep = ~fragment & (voxels > 0)
     kept = ids[keep]
     if isinstance(classes, Mapping):
         without = [int(i) for i in kept if int(i) not in classes]

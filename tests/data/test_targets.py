@@ -132,3 +132,26 @@ def test_debris_is_ignored_by_its_size_in_the_whole_volume() -> None:
     assert targets["boxes"].tolist() == [[0, 1, 1, 2, 4, 5], [0, 6, 0, 1, 8, 3]]
     everything = derive_targets(label, full_voxels={1: 24, 2: 8, 3: 40}, min_voxels=5)
     assert everything["ids"].tolist() == [1, 2, 3]
+
+
+def test_ranks_with_their_ids_give_what_the_ids_give() -> None:
+    ids = np.array([3, 8, 70_000, 70_001])
+    label = label_volume(
+        (4, 8, 10), {3: (0, 0, 0, 2, 3, 3), 70_000: (1, 4, 4, 3, 8, 9), 70_001: (0, 7, 9, 1, 8, 10)}, np.int64
+    )
+    label[3, :2] = -1  # the id 8 left the crop
+    options = {"classes": {3: 1, 70_000: 0, 70_001: 2}, "full_voxels": {3: 40, 70_000: 40, 70_001: 9}, "min_voxels": 2}
+    ranks = np.searchsorted(ids, label) + 1
+    ranks[label <= 0] = label[label <= 0]
+    expected = derive_targets(label, **options)  # type: ignore[arg-type]
+    assert expected["ids"].tolist() == [3, 70_000]
+    for dtype in (np.int32, np.int64):
+        found = derive_targets(ranks.astype(dtype), ids=ids, **options)  # type: ignore[arg-type]
+        for key in ("label", "ids", "boxes", "classes"):
+            assert torch.equal(found[key], expected[key])  # type: ignore[literal-required]
+            assert found[key].dtype == expected[key].dtype  # type: ignore[literal-required]
+    nothing = derive_targets(np.zeros((2, 3, 4), np.int32), ids=np.zeros(0, np.int64))
+    assert nothing["boxes"].shape == (0, 6)
+    for wrong in (5, -2):
+        with pytest.raises(ValueError, match="for 4 ids"):
+            derive_targets(np.full((2, 3, 4), wrong), ids=ids)
