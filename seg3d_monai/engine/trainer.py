@@ -110,8 +110,9 @@ class InstanceTrainer(SupervisedTrainer):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         device = torch.device(device)
-        _require(_is_positive(max_epochs, int), "max_epochs", max_epochs, "an integer > 0")
-        _require(_is_positive(accumulation_steps, int), "accumulation_steps", accumulation_steps, "an integer > 0")
+        _require(isinstance(max_epochs, int) and max_epochs > 0, "max_epochs", max_epochs, "an integer > 0")
+        is_count = isinstance(accumulation_steps, int) and accumulation_steps > 0
+        _require(is_count, "accumulation_steps", accumulation_steps, "an integer > 0")
         _require(clip_norm is None or _is_positive(clip_norm), "clip_norm", clip_norm, "a number > 0, or None")
         _require(on_nonfinite in ("stop", "skip"), "on_nonfinite", on_nonfinite, "'stop' or 'skip'")
         _require(max_minutes is None or _is_positive(max_minutes), "max_minutes", max_minutes, "a number > 0, or None")
@@ -427,9 +428,9 @@ class _StepLoader:
             self.loader.set_epoch(epoch)
 
 
-def _is_positive(value: Any, kind: type = float) -> bool:
+def _is_positive(value: Any) -> bool:
     """Whether a value is a number > 0; in a shell "null" would be a word."""
-    return isinstance(value, (int, kind)) and value > 0
+    return isinstance(value, int | float) and value > 0
 
 
 def _require(condition: bool, name: str, value: Any, mend: str) -> None:
