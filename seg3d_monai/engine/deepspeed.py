@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -74,9 +74,7 @@ def fill_settings(
         if key in REFUSED:
             raise ValueError(f"deepspeed#{key} is not used: {REFUSED[key]}; remove it")
         if key not in KEYS:
-            near = get_close_matches(key, KEYS, n=1, cutoff=0.5)
-            mend = f"the nearest valid key is {near[0]!r}" if near else f"valid keys: {', '.join(sorted(KEYS))}"
-            raise ValueError(f"deepspeed#{key} is unknown; {mend}")
+            raise ValueError(f"deepspeed#{key} is unknown; {_nearest(key, KEYS)}")
     filled: dict[str, Any] = deepcopy(dict(settings))
     size, processes = batch_size or 1, num_processes()
     own = {
@@ -119,6 +117,23 @@ def fill_settings(
     return filled
 
 
+def check_sections(settings: Mapping[str, Any]) -> None:
+    """Refuse an unknown key within a section: DeepSpeed ignores it, or names it without the one that was meant.
+
+    Args:
+        settings: DeepSpeed's JSON.
+
+    Raises:
+        ValueError: naming the key and the nearest valid one.
+    """
+    for section, keys in _section_keys().items():
+        part: Any = settings
+        for name in section.split("#"):
+            part = part.get(name) or {}
+        for key in part.keys() - keys:
+            raise ValueError(f"deepspeed#{section}#{key} is unknown; {_nearest(key, keys)}")
+
+
 class DeepSpeedReplicas:
     """A network that DeepSpeed trains, with the face of `Replicas`; every process calls every method.
 
@@ -145,6 +160,7 @@ class DeepSpeedReplicas:
         amp_type: torch.dtype | None,
     ) -> None:
         deepspeed = _import_deepspeed(device)
+        check_sections(settings)
         trained = _Computed(deepcopy(network).train(), amp_type)
         copies = dict(zip(network.parameters(), trained.network.parameters(), strict=True))
         own_names = {p: name for name, p in network.named_parameters()}
@@ -161,6 +177,8 @@ class DeepSpeedReplicas:
         self._drops = False
         names = {id(p): name for name, p in trained.network.named_parameters()}
         self._flats = list(_flats(self._stage, self._zero, optimizer, names))
+        if self.module.bfloat16_enabled() or self.module.fp16_enabled():
+            self._load_weights(network.state_dict())  # DeepSpeed's float32 weights begin as rounded ones
 
     @property
     def is_scaled(self) -> bool:
@@ -343,7 +361,7 @@ class _IfWeightsAreRead:
         function: what fetches or releases its weights; an autograd function on its outputs or inputs.
     """
 
-    def __init__(self, module: nn.Module, function: Any) -> None:
+    def __init__(self, module: Any, function: Any) -> None:
         self._module = module
         self._function = function
         self._has_weights = any(True for _ in module.parameters(recurse=False))
@@ -440,6 +458,50 @@ def _flats(stage: int, zero: Any, optimizer: torch.optim.Optimizer, names: Mappi
                 pieces.append(_Piece(names[id(p)], p.ds_shape, start, p.ds_tensor.ds_numel))
                 start += p.ds_tensor.ds_numel
             yield _Flat(weights, pieces, shares, True)
+
+
+def _nearest(key: str, keys: Iterable[str]) -> str:
+    """Which key was meant, or which there are."""
+    near = get_close_matches(key, keys, n=1, cutoff=0.5)
+    return f"the nearest valid key is {near[0]!r}" if near else f"valid keys: {', '.join(sorted(keys))}"
+
+
+def _section_keys() -> dict[str, set[str]]:
+    """Keys of each section, as the installed DeepSpeed reads them; nothing where it keeps them elsewhere."""
+    try:
+        from deepspeed.comm.config import CommsLoggerConfig
+        from deepspeed.monitor.config import DeepSpeedMonitorConfig
+        from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+        from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+        from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from deepspeed.runtime.zero.offload_config import (
+            DeepSpeedZeroOffloadOptimizerConfig,
+            DeepSpeedZeroOffloadParamConfig,
+        )
+    except ImportError:
+        return {}
+    monitors = ("tensorboard", "wandb", "csv_monitor", "comet")
+    models = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization#offload_param": DeepSpeedZeroOffloadParamConfig,
+        "zero_optimization#offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "comms_logger": CommsLoggerConfig,
+        **{name: DeepSpeedMonitorConfig.model_fields[name].annotation for name in monitors},
+    }
+    found = {
+        section: {name for key, field in model.model_fields.items() for name in (key, field.alias) if name}
+        for section, model in models.items()
+    }
+    plain = {
+        "activation_checkpointing": ACT_CHKPT_DEFAULT,
+        "aio": AIO_DEFAULT_DICT,
+        "flops_profiler": vars(DeepSpeedFlopsProfilerConfig({})),
+    }
+    return found | {section: set(keys) for section, keys in plain.items()}
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -43,9 +43,9 @@ class DeformableAttention3d(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        for layer in (self.offsets, self.weights):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for asking in (self.offsets, self.weights):
+            nn.init.zeros_(asking.weight)
+            nn.init.zeros_(asking.bias)
         for layer in (self.value, self.output):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
