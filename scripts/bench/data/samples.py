@@ -25,7 +25,7 @@ from seg3d_monai.data.transforms import train_transforms
 
 CROP, MARGIN, SHAPE, PITCH = (64, 128, 128), (4, 20, 20), (144, 336, 336), (24, 42, 42)
 QUICK_CROP, QUICK_MARGIN, QUICK_SHAPE, QUICK_PITCH = (16, 32, 32), (2, 4, 4), (48, 84, 84), (12, 21, 21)
-NUM_SAMPLES, QUICK_NUM_SAMPLES = 24, 2
+NUM_SAMPLES, QUICK_NUM_SAMPLES = 12, 2
 OVERLAY = Path(__file__).parents[3] / "bundles/maskrcnn3d/configs/overlays/augment_strong.json"
 METHOD = (
     "Samples: one process of one thread makes crops of 64x128x128 out of Zarr volumes, with the bundles' augmentation "
