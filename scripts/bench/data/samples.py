@@ -23,7 +23,7 @@ from bench.inference.stacks import THRESHOLD, blob_tile
 from seg3d_monai.data import CropDataset, CropIndex, DataConfig, build_index, read_manifest
 from seg3d_monai.data.transforms import train_transforms
 
-CROP, MARGIN, SHAPE, PITCH = (64, 128, 128), (4, 20, 20), (144, 336, 336), (24, 42, 42)
+CROP, MARGIN, SHAPE, PITCH = (64, 128, 128), (4, 20, 20), (140, 330, 330), (20, 33, 33)
 QUICK_CROP, QUICK_MARGIN, QUICK_SHAPE, QUICK_PITCH = (16, 32, 32), (2, 4, 4), (48, 84, 84), (12, 21, 21)
 NUM_SAMPLES, QUICK_NUM_SAMPLES = 12, 2
 OVERLAY = Path(__file__).parents[3] / "bundles/maskrcnn3d/configs/overlays/augment_strong.json"
