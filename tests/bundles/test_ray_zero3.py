@@ -105,9 +105,9 @@ def check_model(bundle: str, run: Path) -> dict[str, torch.Tensor]:
     evaluator = parser.get_parsed_content("final#evaluator")
     evaluator.run()
     assert evaluator.state.report == json.loads((run / "metrics.json").read_text())
-    (found,) = network(torch.linspace(-1, 3, 16 * 32 * 40).view(1, 1, 16, 32, 40))
-    assert len(found["scores"]) > 0
-    assert all(found[name].isfinite().all() for name in ("boxes", "scores"))
+    # After eight steps a network may find nothing at all: so the weights themselves are compared as well.
+    torch.testing.assert_close(dict(weights), dict(read_checkpoint(run / "best.pt")["ema"]), rtol=0, atol=0)
+    assert all(value.isfinite().all() for value in weights.values())
     return weights
 
 
