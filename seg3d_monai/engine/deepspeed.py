@@ -15,18 +15,16 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from difflib import get_close_matches
-from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg3d_monai.engine.average import TensorAverage
 from seg3d_monai.engine.replicas import num_processes, rank
+from seg3d_monai.engine.zero_flats import flats_of
 
 __all__ = ["DeepSpeedReplicas", "fill_settings"]
 
@@ -176,7 +174,7 @@ class DeepSpeedReplicas:
             _fetch_where_weights_are_read(trained)
         self._drops = False
         names = {id(p): name for name, p in trained.network.named_parameters()}
-        self._flats = list(_flats(self._stage, self._zero, optimizer, names))
+        self._flats = list(flats_of(self._stage, self._zero, optimizer, names))
         if self.module.bfloat16_enabled() or self.module.fp16_enabled():
             self._load_weights(network.state_dict())  # DeepSpeed's float32 weights begin as rounded ones
 
@@ -381,83 +379,6 @@ def _fetch_where_weights_are_read(trained: nn.Module) -> None:
     for module in trained.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             setattr(module, name, _IfWeightsAreRead(module, getattr(module, name)))
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A parameter within a flat tensor: its first element there, and how many it has there."""
-
-    name: str
-    shape: torch.Size
-    start: int
-    width: int
-
-
-@dataclass(frozen=True)
-class _Flat:
-    """Float32 weights that this process holds, the parameter that the optimizer knows.
-
-    Attributes:
-        weights: of one size in every process.
-        pieces: parameters of which it has a share.
-        num_shares: processes that hold one each; 1 where each holds all.
-        is_interleaved: whether a piece is a share of its parameter (ZeRO 3), or lies in the shares laid end to end
-            (ZeRO 1, 2).
-    """
-
-    weights: Tensor
-    pieces: Sequence[_Piece]
-    num_shares: int
-    is_interleaved: bool
-
-    def gather(self, part: Tensor, device: torch.device) -> Tensor:
-        """[shares, elements] on a device, of what each process holds, a tensor as large as `weights`."""
-        mine = part.detach().to(device).flatten()
-        if self.num_shares == 1:
-            return mine[None]
-        shares = mine.new_empty(self.num_shares * mine.numel())
-        dist.all_gather_into_tensor(shares, mine)
-        return shares.view(self.num_shares, -1)
-
-    def split(self, shares: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every parameter in it."""
-        for piece in self.pieces:
-            values = self._place(shares, piece).reshape(-1)
-            yield piece.name, values[: prod(piece.shape)].view(piece.shape)
-
-    def share(self, named: Mapping[str, Tensor]) -> Tensor:
-        """What this process holds of these tensors; the inverse of `split`."""
-        shares = torch.zeros(self.num_shares, self.weights.numel())
-        for piece in self.pieces:
-            values = named[piece.name].float().flatten()
-            place = self._place(shares, piece)
-            place.copy_(F.pad(values, (0, place.numel() - values.numel())).view(place.shape))
-        return shares[rank() if self.num_shares > 1 else 0].view(self.weights.shape)
-
-    def _place(self, shares: Tensor, piece: _Piece) -> Tensor:
-        end = piece.start + piece.width
-        return shares[:, piece.start : end] if self.is_interleaved else shares.view(-1)[piece.start : end]
-
-
-def _flats(stage: int, zero: Any, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Iterator[_Flat]:
-    """What DeepSpeed's optimizer of a stage holds in this process."""
-    shares = num_processes()
-    if stage == 0:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                yield _Flat(p, [_Piece(names[id(p)], p.shape, 0, p.numel())], 1, False)
-    elif stage < 3:
-        for number, weights in enumerate(zero.single_partition_of_fp32_groups):
-            parameters, starts = zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number]
-            pieces = [_Piece(names[id(p)], p.shape, s, p.numel()) for p, s in zip(parameters, starts, strict=True)]
-            yield _Flat(weights, pieces, shares, False)
-    else:
-        for parameters, weights in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-            pieces, start = [], 0
-            for p in parameters:
-                pieces.append(_Piece(names[id(p)], p.ds_shape, start, p.ds_tensor.ds_numel))
-                start += p.ds_tensor.ds_numel
-            yield _Flat(weights, pieces, shares, True)
 
 
 def _nearest(key: str, keys: Iterable[str]) -> str:
