@@ -1,8 +1,9 @@
 """Volumes, the manifest, the crop index, and the crops that training sees."""
 
 from seg3d_monai.data.crop_dataset import CropDataset, VolumeDataset
-from seg3d_monai.data.crop_index import CropIndex, CropRecord, InstanceTable, VolumeRecord
+from seg3d_monai.data.crop_index import CropIndex
 from seg3d_monai.data.crop_index_build import build_index
+from seg3d_monai.data.crop_records import CropRecord, InstanceTable, VolumeRecord
 from seg3d_monai.data.crop_selection import CropSelection
 from seg3d_monai.data.data_config import DataConfig
 from seg3d_monai.data.intensity import Intensity, check_finite, measure_intensity

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from seg3d_monai.data.crop_index import CropIndex, VolumeRecord
+from seg3d_monai.data.crop_index import CropIndex
+from seg3d_monai.data.crop_records import VolumeRecord
 from seg3d_monai.data.crop_sampling import Balance, CropDraw, CropSampler, Roi
 from seg3d_monai.data.intensity import Intensity
 from seg3d_monai.data.targets import IGNORE, Targets, compact_labels, derive_targets

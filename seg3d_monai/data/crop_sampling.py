@@ -14,7 +14,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from seg3d_monai.data.crop_index import CropIndex, VolumeRecord
+from seg3d_monai.data.crop_index import CropIndex
+from seg3d_monai.data.crop_records import VolumeRecord
 
 Balance = Literal["volume", "specimen", "crop", "instance"]
 Roi = tuple[int, int, int, int, int, int]
