@@ -118,7 +118,7 @@ class Folder:
             return sorted(entry.name for entry in os.scandir(self.place) if entry.is_dir())
         try:
             entries = ask(self.place, lambda system, place: system.ls(place, detail=True))
-        except (OSError, NotImplementedError):
+        except OSError:  # many stores answer for single files only
             return []
         # Over http a folder is what ends in a slash.
         paths = [e["name"] for e in entries if e["type"] == "directory" or str(e["name"]).endswith("/")]
