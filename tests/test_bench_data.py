@@ -93,6 +93,23 @@ def test_variables_are_put_back(monkeypatch):
     assert "BENCH_B" not in os.environ
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what a process shares")
+def test_share_of_memory_has_what_a_process_allocates():
+    from bench.data.loader_memory import PeakShare
+
+    code = "import sys; held = bytearray(b'1') * (int(sys.argv[1]) << 20); print(len(held), flush=True); input()"
+    peaks = []
+    for megabytes in (10, 60):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(megabytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        with PeakShare(process.pid) as share:
+            assert process.stdout.readline()
+        process.communicate("")
+        peaks.append(share.peak)
+    assert 49 * 1024 < peaks[1] - peaks[0] < 52 * 1024
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["--folder", "nowhere"], "--folder nowhere does not exist"), (["--threads", "0"], "--threads")],

@@ -1,10 +1,12 @@
 """Memory of a loader's worker: it must not grow with the volume whose crops it makes.
 
-A worker, spawned so that it shares no page with this process, makes crops of a volume of 4 GiB and its labels of as
-many voxels. Its own peak of resident memory (VmHWM) is read while it waits, Python and libraries included.
+A spawned worker makes crops of a volume of 4 GiB and its labels of as many voxels. What it takes of the machine is its
+proportional set size: all pages of its own, and of those that several processes map, such as the code of libraries, its
+share. Resident memory counts the latter in full for each worker; its peak is reported beside it.
 """
 
 import re
+import threading
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ QUICK_SHAPE, QUICK_TILE, QUICK_PITCH, QUICK_CHUNKS = (32, 128, 128), (16, 64, 64
 CROP, MARGIN, QUICK_CROP, QUICK_MARGIN = (64, 128, 128), (4, 20, 20), (8, 32, 32), (2, 4, 4)
 NUM_CROPS, QUICK_NUM_CROPS = 100, 3
 METHOD = (
-    "Loader memory: VmHWM of one spawned worker of a CropLoader after 100 crops of 64x128x128 of a uint16 volume of 4 "
-    "GiB with uint16 labels, Zarr v3 in chunks of 32x128x128, the bundles' augmentation and the default cache."
+    "Loader memory: one spawned worker of a CropLoader that makes 100 crops of 64x128x128 of a uint16 volume of 4 GiB "
+    "with uint16 labels, Zarr v3 in chunks of 32x128x128, the bundles' augmentation and the default cache. Peak: largest "
+    "proportional set size (PSS of smaps_rollup, looked at every 20 ms), Python and libraries included; resident: VmHWM."
 )
 
 
@@ -41,16 +44,19 @@ def measure(options: Options) -> list[Row]:
         index, num_samples=number, crop_size=crop, margin=margin, transform=train_transforms(crop_size=crop)
     )
     loader = CropLoader(dataset, batch_size=1, num_workers=1, multiprocessing_context="spawn")
-    for _ in loader:
-        pass
-    iterator: Any = loader._iterator  # torch keeps it, and its worker, for the next epoch
-    peak = peak_of(iterator._workers[0].pid)
+    batches: Any = iter(loader)  # torch keeps it, and its worker, for the next epoch
+    process = batches._workers[0].pid
+    with PeakShare(process) as share:
+        for _ in batches:
+            pass
+    resident = kilobytes(process, "status", "VmHWM")
     (record,) = index.volumes()
     return [
         {
             "gigabytes": 2 * float(np.prod(record.shape, dtype=np.float64)) / 1e9,
             "num_crops": number,
-            "peak_mb": None if peak is None else peak / 1e6,
+            "peak_mb": None if share.peak is None else share.peak * 1024 / 1e6,
+            "resident_mb": None if resident is None else resident * 1024 / 1e6,
         }
     ]
 
@@ -74,10 +80,36 @@ def write_data(folder: Path, is_quick: bool, crop: tuple[int, ...]) -> CropIndex
     return build_index(read_manifest(manifest), folder / "crops.sqlite", DataConfig(crop_size=crop), progress=False)
 
 
-def peak_of(process: int) -> int | None:
-    """Peak resident bytes of a process (Linux)."""
-    status = Path(f"/proc/{process}/status")
-    if not status.exists():
+class PeakShare:
+    """Within it a thread looks at a process's proportional set size; `peak` is the largest, KiB, None if not told."""
+
+    def __init__(self, process: int, interval: float = 0.02) -> None:
+        self.peak: int | None = None
+        self._process, self._interval = process, interval
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "PeakShare":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            share = kilobytes(self._process, "smaps_rollup", "Pss")
+            if share is not None:
+                self.peak = max(self.peak or 0, share)
+            if self._done.wait(self._interval):
+                return
+
+
+def kilobytes(process: int, file: str, name: str) -> int | None:
+    """A number of KiB that Linux tells of a process; None elsewhere."""
+    path = Path(f"/proc/{process}/{file}")
+    if not path.exists():
         return None
-    match = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
-    return None if match is None else int(match[1]) * 1024
+    match = re.search(rf"^{name}:\s*(\d+) kB", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return None if match is None else int(match[1])

@@ -104,10 +104,15 @@ def samples_table(rows: Sequence[Row]) -> str:
 def loader_memory_table(rows: Sequence[Row]) -> str:
     """Peak of a worker."""
     lines = [
-        [f"{row['gigabytes']:.1f} GB", "", f"{row['num_crops']}", report.number(row["peak_mb"], ",.0f"), ""]
+        [
+            f"{row['gigabytes']:.1f} GB",
+            f"{row['num_crops']}",
+            *(report.number(row[key], ",.0f") for key in ("peak_mb", "resident_mb")),
+            "",
+        ]
         for row in rows
     ]
-    return report.table(lines, ["volume", "", "crops", "peak MB", ""])
+    return report.table(lines, ["volume", "crops", "peak MB", "resident MB", ""])
 
 
 def bars_table(rows: Sequence[Row]) -> str:

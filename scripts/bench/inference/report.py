@@ -113,10 +113,11 @@ def workers_table(rows: Sequence[Row]) -> str:
     lines = [
         [_extent(row["shape"]), f"{row['num_blocks']} blocks", f"{row['num_objects']:,}"]
         + [" ".join(f"{seconds:,.1f}" for seconds in row[key]) for key in ("one_s", "two_s")]
-        + [f"{row['speed_up']:.2f}x", ""]
+        + [f"{row['speed_up']:.2f}x", f"{row['machine']:.2f}x", ""]
         for row in rows
     ]
-    return report.table(lines, ["stack", "", "objects", "1 worker s", "2 workers s", "faster", ""])
+    head = ["stack", "", "objects", "1 worker s", "2 workers s", "faster", "machine", ""]
+    return report.table(lines, head)
 
 
 def records_table(rows: Sequence[Row]) -> str:

@@ -2,12 +2,17 @@
 
 Runs with one and with two workers take turns, in the order 1 2 2 1, so that a machine that grows slower or faster does
 so for both. Each is a fresh process, and what is timed is all of `predict_volume`: the start of the workers too.
+
+Two processes on one machine share its memory's bandwidth, its clock and its neighbours. How much more two of them do
+that only read and predict blocks, without a driver, Ray or a start, is measured at each turn: no run can do better.
 """
 
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,31 +20,38 @@ from bench.inference.bars import Row
 from bench.inference.model import read_predictor, write_specimen_stack
 from bench.inference.options import Options
 from bench.inference.stacks import SPACING_UM
+from seg3d_monai.data import open_volume
 from seg3d_monai.inference import predict_volume
+from seg3d_monai.inference.blocks import BlockPlan, roi_shape
 
 SHAPE, QUICK_SHAPE = (128, 768, 768), (24, 72, 72)
 TURNS = (1, 2, 2, 1)
+BARE_BLOCKS, QUICK_BARE_BLOCKS = 6, 1
 METHOD = (
     "Workers: predict_volume with num_workers 1 and 2, one CPU thread a worker, by turns "
-    f"{' '.join(map(str, TURNS))}, each in a fresh process, the start of the workers included."
+    f"{' '.join(map(str, TURNS))}, each in a fresh process, the start of the workers included. Machine: blocks a second "
+    f"of two bare processes that each read and predict the same {BARE_BLOCKS} blocks, against one alone, at the same turns."
 )
 
 
 def measure(options: Options) -> list[Row]:
-    """One row: seconds of each turn, and how many times faster two workers are."""
+    """One row: seconds of each turn, how many times faster two workers are, and two bare processes."""
     folder, is_quick = options.folder, options.is_quick
     shape = QUICK_SHAPE if is_quick else SHAPE
     stack = write_specimen_stack(folder / "workers_stack.zarr", shape, is_quick)
     seconds: dict[int, list[float]] = {1: [], 2: []}
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    spawn = multiprocessing.get_context("spawn")
     for turn, num_workers in enumerate(TURNS):
+        rates[num_workers].append(bare_rate(stack, options.checkpoint, num_workers, is_quick))
         output = folder / f"workers_{turn}.zarr"
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
+        with ProcessPoolExecutor(1, mp_context=spawn) as fresh_process:
             job = fresh_process.submit(measure_here, stack, output, options.checkpoint, num_workers, is_quick)
             taken, num_blocks, num_objects = job.result()
         seconds[num_workers].append(taken)
     row: Row = {"shape": shape, "num_blocks": num_blocks, "num_objects": num_objects, "turns": TURNS}
-    row |= {"one_s": seconds[1], "two_s": seconds[2]}
-    return [row | {"speed_up": sum(seconds[1]) / sum(seconds[2])}]
+    row |= {"one_s": seconds[1], "two_s": seconds[2], "one_bare_rate": rates[1], "two_bare_rate": rates[2]}
+    return [row | {"speed_up": sum(seconds[1]) / sum(seconds[2]), "machine": sum(rates[2]) / sum(rates[1])}]
 
 
 def measure_here(
@@ -51,3 +63,29 @@ def measure_here(
     start = time.perf_counter()
     done = predict_volume(stack, predictor, output, num_workers=num_workers, spacing=SPACING_UM, progress=False, **cut)
     return time.perf_counter() - start, done.num_blocks, done.num_objects
+
+
+def bare_rate(stack: Path, checkpoint: Path | None, num_processes: int, is_quick: bool) -> float:
+    """Blocks a second of so many processes at a time that read and predict, and nothing else."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager, ProcessPoolExecutor(num_processes, mp_context=spawn) as processes:
+        together: Any = manager.Barrier(num_processes)
+        jobs = [processes.submit(bare_seconds, stack, checkpoint, together, is_quick) for _ in range(num_processes)]
+        number = QUICK_BARE_BLOCKS if is_quick else BARE_BLOCKS
+        return sum(number / job.result() for job in jobs)
+
+
+def bare_seconds(stack: Path, checkpoint: Path | None, together: Any, is_quick: bool) -> float:
+    """Seconds of this process for its blocks, from the moment that all processes are ready; one more block before."""
+    torch.set_num_threads(1)
+    predictor, cut = read_predictor(checkpoint, is_quick)
+    volume = open_volume(stack, spacing=SPACING_UM)
+    predictor = predictor.for_volume(volume)
+    largest = sorted(BlockPlan.make(shape=volume.shape[1:], **cut), key=lambda block: -prod(roi_shape(block.read)))
+    number = QUICK_BARE_BLOCKS if is_quick else BARE_BLOCKS
+    for step, roi in enumerate(block.read for block in largest[: number + 1]):
+        if step == 1:
+            together.wait()
+            start = time.perf_counter()
+        predictor(torch.from_numpy(volume.read(roi).astype("float32")), roi)
+    return time.perf_counter() - start
