@@ -27,8 +27,9 @@ CROP, MARGIN, QUICK_CROP, QUICK_MARGIN = (64, 128, 128), (4, 20, 20), (8, 32, 32
 NUM_CROPS, QUICK_NUM_CROPS = 100, 3
 METHOD = (
     "Loader memory: one spawned worker of a CropLoader that makes 100 crops of 64x128x128 of a uint16 volume of 4 GiB "
-    "with uint16 labels, Zarr v3 in chunks of 32x128x128, the bundles' augmentation and the default cache. Peak: largest "
-    "proportional set size (PSS of smaps_rollup, looked at every 20 ms), Python and libraries included; resident: VmHWM."
+    "with uint16 labels, Zarr v3 in chunks of 32x128x128, the bundles' augmentation and the default cache. Peak: the "
+    "largest proportional set size (PSS of smaps_rollup, looked at every 20 ms), Python and libraries included; "
+    "resident: VmHWM."
 )
 
 

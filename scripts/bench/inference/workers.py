@@ -29,8 +29,9 @@ TURNS = (1, 2, 2, 1)
 BARE_BLOCKS, QUICK_BARE_BLOCKS = 6, 1
 METHOD = (
     "Workers: predict_volume with num_workers 1 and 2, one CPU thread a worker, by turns "
-    f"{' '.join(map(str, TURNS))}, each in a fresh process, the start of the workers included. Machine: blocks a second "
-    f"of two bare processes that each read and predict the same {BARE_BLOCKS} blocks, against one alone, at the same turns."
+    f"{' '.join(map(str, TURNS))}, each in a fresh process, the start of the workers included. Machine: blocks a "
+    f"second of two bare processes that each read and predict the same {BARE_BLOCKS} blocks, against one alone, at the "
+    "same turns."
 )
 
 
