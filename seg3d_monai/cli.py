@@ -20,6 +20,8 @@ from seg3d_monai.cli_arguments import UsageError, bind, help_text, nearest
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
 from seg3d_monai.user_errors import one_line, user_error, wants_traceback
 
+BUNDLES = ("maskrcnn3d", "maskdino3d", "mask2former3d")
+
 
 def doctor() -> None:
     """Show versions, threads, GPU, the path the ops take, optional extras and free disk."""
@@ -121,6 +123,47 @@ def index(
     if unreadable:
         print(f"{unreadable} chunks of labels cannot be read and are ignored")
     print(f"index: {db}")
+
+
+def plan(
+    db: str,
+    *,
+    output: str = "plan",
+    bundle: str = "all",
+    overlay: str | None = None,
+    memory: str = "8GiB",
+    target_spacing: list[float] | None = None,
+    crop_size: list[int] | None = None,
+    batch_size: int | None = None,
+    restart: bool = False,
+    **overrides: str,
+) -> None:
+    """Plan a training from the data: an overlay for each bundle, and why it is as it is; see docs/plan.md.
+
+    Every further flag decides a key of the bundles' configurations, and what depends on it follows: `--num_queries
+    300`, `--network_def#mask_roi_size "[8,14,14]"`.
+
+    Args:
+        db: Index that `seg3d index` or a training wrote.
+        output: Folder for fingerprint.json, plan.txt, and BUNDLE_train.json and BUNDLE_inference.json of each bundle.
+        bundle: Folder of a bundle or its name in ./bundles, several separated by commas, or all.
+        overlay: Names of files in configs/overlays without .json, on top of which to plan, such as model_r50.
+        memory: What the tensors of a training or a prediction may take; a limit, not a goal.
+        target_spacing: Voxel size in micrometres to train at, "[z,y,x]"; default from the volumes.
+        crop_size: Voxels of a crop, "[z,y,x]".
+        batch_size: Crops of a step.
+        restart: Write over another plan in the folder.
+        overrides: Any key of the configurations and its value.
+    """
+    from fire.parser import DefaultParseValue
+
+    from seg3d_monai.planning import write_plans
+
+    named = {"target_spacing_um": target_spacing, "crop_size": crop_size, "batch_size": batch_size}
+    parsed = {key: DefaultParseValue(text) for key, text in overrides.items()}
+    folders = [find_bundle(name.strip()) for name in (BUNDLES if bundle == "all" else bundle.split(","))]
+    bundles = [(folder, overlay_files(folder, overlay)) for folder in folders]
+    write_plans(db, output, bundles, memory=memory, given=_given(named) | parsed, restart=restart)
 
 
 def convert(
@@ -449,6 +492,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "synth": synth,
     "convert": convert,
     "index": index,
+    "plan": plan,
     "train": train,
     "predict": predict,
     "relabel": relabel,

@@ -24,6 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "metrics": {"ops"},
     "inference": {"ops", "data"},
     "engine": {"ops", "data", "metrics", "inference"},
+    "planning": {"data", "inference", "engine"},
     "report": {"data", "metrics", "inference"},
 }
 # Modules beside the rooms: nothing but the command line's own files may import them.
