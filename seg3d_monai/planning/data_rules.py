@@ -6,6 +6,7 @@ Must not know: bundles, files, torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -152,7 +153,8 @@ def upper_percentile(foreground: Floats, default: Sequence[float]) -> tuple[list
             f"the brightest {number(100 - high)} % of a volume's voxels lie within objects, which are "
             f"{number(100 * float(np.percentile(occupied, 10)))} % of it and more"
         )
-    above = max(0.001, float(f"{tail:.1g}"))
+    digit = 10.0 ** math.floor(math.log10(tail))
+    above = max(0.001, digit * math.floor(tail / digit))
     return [low, round(100 - above, 4)], (
         f"objects are {number(4 * tail)} % of a sparse volume; its {number(high)}th percentile would be background"
     )
