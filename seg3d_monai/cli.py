@@ -11,11 +11,11 @@ arose. Every other exception is a defect of the package and keeps its traceback.
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seg3d_monai import __version__
+from seg3d_monai import __version__, cli_annotate
 from seg3d_monai.cli_arguments import UsageError, bind, help_text, nearest
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
 from seg3d_monai.user_errors import one_line, user_error, wants_traceback
@@ -507,7 +507,10 @@ def metrics_table(result: Mapping[str, Any]) -> str:
 
     Args:
         result: What `evaluate_paths` returns.
+    "annotate suggest": cli_annotate.suggest,
+    "annotate import": cli_annotate.import_labels,
     """
+"""A name of two words is a command of a group."""
     columns = ["tp", "fp", "fn", "precision", "recall", "f1", "ap_dsb", "pq"]
     lines = ["  IoU " + "".join(f"{name:>10}" for name in columns)]
     for threshold, row in result["thresholds"].items():
@@ -549,14 +552,21 @@ def _dispatch(words: list[str]) -> int:
         print(f"seg3d_monai {__version__}")
         return 0
     if name in ("--help", "-h", "help") and len(words) < 2:
-        print(_overview())
+        print(_overview(COMMANDS))
         return 0
     if name == "help":
-        name, words = words[1], [words[1], "--help"]
+        words = [*words[1:], "--help"]
+    name, rest = _split_name(words)
+    group = [command for command in COMMANDS if command.startswith(f"{name} ")]
+    if group and (not rest or rest[0] in ("--help", "-h")):
+        print(_overview(group))
+        return 0
+    if group:
+        raise UsageError(f"unknown command {name} {rest[0]}; {nearest(f'{name} {rest[0]}', group)}")
     if name not in COMMANDS:
         kind = "flag" if name.startswith("-") else "command"
         raise UsageError(f"unknown {kind} {name}; {nearest(name, [*COMMANDS, '--help', '--version'])}")
-    command, rest = COMMANDS[name], words[1:]
+    command = COMMANDS[name]
     if "--help" in rest or "-h" in rest:
         print(help_text(command, f"seg3d {name}"))
         return 0
@@ -568,9 +578,15 @@ def _dispatch(words: list[str]) -> int:
     return 0
 
 
-def _overview() -> str:
+def _split_name(words: list[str]) -> tuple[str, list[str]]:
+    """The command's name, of one word or two, and the words after it."""
+    pair = " ".join(words[:2])
+    return (pair, words[2:]) if pair in COMMANDS else (words[0], words[1:])
+
+
+def _overview(names: Iterable[str]) -> str:
     lines = [f"seg3d {__version__}: instance segmentation of cells in 3D light-sheet microscopy", "", "Commands:"]
-    lines += [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<16} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names]
     lines += ["", "`seg3d COMMAND --help` shows a command's arguments; `seg3d --version` the version."]
     return "\n".join(lines)
 

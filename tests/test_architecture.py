@@ -26,9 +26,10 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"ops", "data", "metrics", "inference"},
     "planning": {"data", "inference", "engine"},
     "report": {"data", "metrics", "inference"},
+    "annotation": {"ops", "data", "inference"},
 }
 # Modules beside the rooms: nothing but the command line's own files may import them.
-COMMAND_LINE = {"__main__", "cli", "cli_arguments", "cli_bundle", "doctor"}
+COMMAND_LINE = {"__main__", "cli", "cli_annotate", "cli_arguments", "cli_bundle", "doctor"}
 
 
 class Import(NamedTuple):
