@@ -11,6 +11,7 @@ Must not know: SQL, models, losses.
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypedDict
 
 import numpy as np
@@ -19,10 +20,11 @@ from torch.utils.data import Dataset, get_worker_info
 
 from seg3d_monai.data.crop_index import CropIndex
 from seg3d_monai.data.crop_records import VolumeRecord
-from seg3d_monai.data.crop_sampling import Balance, CropDraw, CropSampler, Roi
+from seg3d_monai.data.crop_sampling import Balance, CropDraw, CropSampler, Roi, steps_to
 from seg3d_monai.data.intensity import Intensity
+from seg3d_monai.data.resampling import resample_image, resample_labels, source_roi
 from seg3d_monai.data.targets import IGNORE, Targets, compact_labels, derive_targets
-from seg3d_monai.data.volume import NEAR_SPACING, Spacing, Volume
+from seg3d_monai.data.volume import NEAR_SPACING, Spacing, Volume, check_spacing
 from seg3d_monai.data.volume_cache import VolumeCache
 
 _log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ Transform = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 class CropSample(TypedDict):
     """One training crop.
 
-    image: float32 [C, D, H, W], normalised.
+    image: float32 [C, D, H, W], normalised; resampled where the dataset's `target_spacing_um` says so, like targets.
     targets: see `Targets`; ids are the compact ids of the volume in the index.
     crop_id: the crop of the grid that the region came from or lies nearest to.
     volume: name of the volume.
@@ -54,7 +56,7 @@ class CropDataset(Dataset[CropSample]):
     Args:
         index: the crop index.
         num_samples: items per epoch.
-        crop_size: extent of the crops, (z, y, x) voxels; the index's by default.
+        crop_size: extent of the crops, (z, y, x) voxels of the crop; the index's by default.
         where: filter expression over the columns of the index, such as ``quality_image >= 2``.
         split: "train", "val", "test" or None for all.
         transform: callable on {"image": float32 [C, D, H, W], "label": int32 [1, D, H, W]}, and "spacing_um", float64
@@ -63,6 +65,10 @@ class CropDataset(Dataset[CropSample]):
         seed: of every draw.
         foreground_prob: probability of a draw by an instance rather than by position, 0 to 1.
         balance: what is equally likely: each "volume", "specimen", "crop" or "instance"; see `CropSampler`.
+        target_spacing_um: (z, y, x) micrometres per voxel of all crops. Of a volume whose voxel size differs by more
+            than `NEAR_SPACING` along an axis, a region of as many micrometres is read and resampled there as a
+            prediction would (`resampling`), labels to the nearest voxel; others are read as they are. The transform
+            then gets this voxel size, and all counts of voxels are of the crop. None takes every volume as it is.
         margin: voxels read beyond the region on every side, (z, y, x), so that rotations bring in neighbours rather
             than padding; the transform sees crop_size + 2 * margin, and what it returns is cropped at the centre.
         min_voxels: visible voxels below which a cut instance becomes ignore; the index's by default.
@@ -71,7 +77,8 @@ class CropDataset(Dataset[CropSample]):
         cache_bytes: bytes of decoded chunks that a process keeps; None keeps 1 GiB, and 128 MiB in a loader's worker.
 
     Raises:
-        ValueError: for arguments out of range, an unknown column, and when no crop matches.
+        ValueError: for arguments out of range, an unknown column, when no crop matches, and, naming them, for volumes
+            without a voxel size where a target is set.
     """
 
     def __init__(
@@ -86,6 +93,7 @@ class CropDataset(Dataset[CropSample]):
         seed: int = 0,
         foreground_prob: float = 0.9,
         balance: Balance = "volume",
+        target_spacing_um: Sequence[float] | None = None,
         margin: Sequence[int] = (0, 0, 0),
         min_voxels: int | None = None,
         min_visible: float = 0.1,
@@ -108,6 +116,7 @@ class CropDataset(Dataset[CropSample]):
         self.crop_size = size
         self.seed = int(seed)
         self.transform = transform
+        self.target_spacing_um = _target(target_spacing_um)
         self._margin = tuple(int(n) for n in margin)
         self._min_voxels = index.min_voxels if min_voxels is None else int(min_voxels)
         self._min_visible = float(min_visible)
@@ -119,6 +128,7 @@ class CropDataset(Dataset[CropSample]):
             split=split,
             foreground_prob=foreground_prob,
             balance=balance,
+            target_spacing_um=self.target_spacing_um,
         )
         if cache_bytes is not None and cache_bytes < 0:
             raise ValueError(f"cache_bytes={cache_bytes} is negative; use 0 for no cache")
@@ -130,13 +140,15 @@ class CropDataset(Dataset[CropSample]):
             raise ValueError(f"the volumes have {channels} channels; select equal ones, such as where='channels == 1'")
         self.num_channels = channels[0]
 
-    @property
+    @cached_property
     def spacing_um(self) -> Spacing | None:
-        """(z, y, x) micrometres per voxel that the volumes have in common: the median of those that are known.
+        """(z, y, x) micrometres per voxel that crops have in common: the target, else the median of what is known.
 
-        None where none is known, or where one differs from it by more than `NEAR_SPACING`: then crops show cells of
-        several sizes, in voxels.
+        None where there is no target and no voxel size is known, or one differs from the median by more than
+        `NEAR_SPACING`: then crops show cells of several sizes, in voxels.
         """
+        if self.target_spacing_um is not None:
+            return self.target_spacing_um
         known = np.array([volume.spacing_um for volume in self._sampler.volumes if volume.spacing_um is not None])
         if not len(known):
             return None
@@ -166,6 +178,7 @@ class CropDataset(Dataset[CropSample]):
         draw = self._sampler.draw(rng)
         transform_seed = int(rng.integers(2**32))
         image, label = self._read(draw)
+        spacing = self.target_spacing_um if draw.is_resampled else draw.volume.spacing_um
         codes, labels = compact_labels(label, ignore=int(np.iinfo(label.dtype).max))
         record = self.index.instances(draw.volume.id, labels=labels.tolist())
         if len(record) != len(labels):
@@ -175,8 +188,8 @@ class CropDataset(Dataset[CropSample]):
             "image": torch.from_numpy(self._pad(draw, draw.volume.intensity.normalise(image), 0)),
             "label": torch.from_numpy(self._pad(draw, codes, IGNORE)),
         }
-        if draw.volume.spacing_um is not None:
-            data["spacing_um"] = torch.tensor(draw.volume.spacing_um, dtype=torch.float64)
+        if spacing is not None:
+            data["spacing_um"] = torch.tensor(spacing, dtype=torch.float64)
         if self.transform is not None:
             if hasattr(self.transform, "set_random_state"):
                 self.transform.set_random_state(seed=transform_seed)
@@ -189,7 +202,7 @@ class CropDataset(Dataset[CropSample]):
             code_crop,
             ids=record.ids,
             classes=dict(zip(record.ids.tolist(), record.classes.tolist(), strict=True)),
-            full_voxels=dict(zip(record.ids.tolist(), record.voxels.tolist(), strict=True)),
+            full_voxels=dict(zip(record.ids.tolist(), draw.crop_voxels(record.voxels).tolist(), strict=True)),
             min_voxels=self._min_voxels,
             min_visible=self._min_visible,
             min_object_voxels=self._min_object_voxels,
@@ -200,13 +213,20 @@ class CropDataset(Dataset[CropSample]):
 
     def _read(self, draw: CropDraw) -> tuple[np.ndarray, np.ndarray]:
         """Raw image [C, d, h, w] and labels [1, d, h, w] of the region and as much of its margin as the volume has."""
-        volume, roi = draw.volume, self._region(draw)[1].tolist()
+        volume, region = draw.volume, self._region(draw)[1].tolist()
+        roi = source_roi(region, draw.step, volume.shape[1:])
         cache = self._own_cache()
         image = cache.read(("image", volume.id), lambda: self.index.open_image(volume), roi)
         label = cache.read(("label", volume.id), lambda: self.index.open_label(volume), roi)
         if volume.ignore is not None:
             mask = cache.read(("ignore", volume.id), lambda: self._open_ignore(volume), roi)
             label[mask != 0] = np.iinfo(label.dtype).max
+        if draw.is_resampled:
+            # As in a prediction, before the intensity is normalised, which clips.
+            is_narrow = image.dtype.itemsize <= 2 or image.dtype == np.float32
+            block = torch.from_numpy(image.astype(np.float32 if is_narrow else np.float64))
+            image = resample_image(block, roi, region, draw.step).numpy()
+            label = resample_labels(label, roi, region, draw.step)
         return image, label
 
     def _open_ignore(self, volume: VolumeRecord) -> Volume:
@@ -226,11 +246,14 @@ class CropDataset(Dataset[CropSample]):
         return {**self.__dict__, "_cache": None}  # voxels do not travel to workers
 
     def _region(self, draw: CropDraw) -> tuple[np.ndarray, np.ndarray]:
-        """The region with its margin at full size, which may leave the volume, and the part of it inside."""
+        """The region with its margin at full size, which may leave the volume, and the part of it inside.
+
+        In voxels of the crop, as `CropDraw.region`.
+        """
         margin, size = np.array(self._margin), np.array(self.crop_size)
-        start = np.array(draw.roi[:3]) - margin
+        start = np.array(draw.region[:3]) - margin
         stop = start + size + 2 * margin
-        extent = np.array(draw.volume.shape[1:])
+        extent = np.array(draw.extent)
         inside = np.concatenate([np.clip(start, 0, extent), np.clip(stop, 0, extent)])
         return np.concatenate([start, stop]), inside
 
@@ -267,12 +290,22 @@ class VolumeDataset(Dataset[VolumeItem]):
         split: "train", "val", "test", None for all, or several, of which the first that has a matching volume is taken:
             ``("test", "val")`` is the test split where there is one.
         where: filter expression; a volume is taken if one of its crops matches.
+        target_spacing_um: (z, y, x) micrometres per voxel of the training's crops, where it has set one. Volumes come
+            as they are, and a predictor resamples them; those without a voxel size are refused, as it could not.
 
     Raises:
-        ValueError: for an unknown column or split, and when no volume matches.
+        ValueError: for an unknown column or split, when no volume matches, and, naming them, for volumes without a
+            voxel size where a target is set.
     """
 
-    def __init__(self, index: CropIndex, *, split: str | Sequence[str] | None = None, where: str | None = None) -> None:
+    def __init__(
+        self,
+        index: CropIndex,
+        *,
+        split: str | Sequence[str] | None = None,
+        where: str | None = None,
+        target_spacing_um: Sequence[float] | None = None,
+    ) -> None:
         self.index = index
         choices = [split] if split is None or isinstance(split, str) else list(split)
         found = [index.volumes(where=where, split=choice) for choice in choices]
@@ -282,6 +315,7 @@ class VolumeDataset(Dataset[VolumeItem]):
                 f"no volume of {index.path.name} matches where={where!r} and split={split!r}; "
                 f"its splits are {', '.join(index.splits)}"
             )
+        steps_to(_target(target_spacing_um), self.records)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -296,6 +330,20 @@ class VolumeDataset(Dataset[VolumeItem]):
             classes=dict(zip(table.labels.tolist(), table.classes.tolist(), strict=True)),
             intensity=record.intensity,
         )
+
+
+def _target(target_spacing_um: Sequence[float] | None) -> Spacing | None:
+    """The voxel size that was asked for, checked.
+
+    Raises:
+        ValueError: it is not three positive numbers.
+    """
+    try:
+        return None if target_spacing_um is None else check_spacing(target_spacing_um)
+    except ValueError:
+        raise ValueError(
+            f"target_spacing_um={target_spacing_um!r} is not three positive numbers; give micrometres along (z, y, x)"
+        ) from None
 
 
 def _plain(tensor: Any) -> torch.Tensor:

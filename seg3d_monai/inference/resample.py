@@ -1,24 +1,30 @@
 """A predictor of one voxel size on a stack of another: blocks are resampled on the fly, instances brought back.
 
-The model's voxels are counted from the corner of the volume, never from that of the block, and their values are summed
-in an order of their own, so two blocks that see the same place see the same bits. Coarser voxels are the mean of what
-they cover, which keeps out what they cannot show (aliasing), finer ones are interpolated linearly, masks alike.
-This file knows no network and no files.
+The model's voxels are counted from the corner of the volume, never from that of the block, so two blocks that see the
+same place see the same bits; data/resampling.py holds the arithmetic, which training shares. Masks are brought back by
+the same means and interpolation. This file knows no network and no files.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from seg3d_monai.data.resampling import (
+    MOST_RATIO,
+    UNCHANGED,
+    Step,
+    resample_image,
+    resampled_roi,
+    step_between,
+    taps,
+)
 from seg3d_monai.data.volume import NEAR_SPACING, Volume, check_spacing
 from seg3d_monai.inference.blocks import Roi, roi_shape
 from seg3d_monai.inference.instances import Instances
@@ -26,13 +32,8 @@ from seg3d_monai.inference.instances import Instances
 KEEP = "keep"
 TOLERANCE = 0.02
 """An axis whose voxel sizes differ by less is left alone: resampling would blur it and gain nothing."""
-MOST_RATIO = 50.0
-"""Voxel sizes that differ by more are taken for a mistake in the unit."""
 
-_SLACK = 1e-9  # of a voxel: rounding must not add a plane to the grid
 _TIE = 1e-4  # of a voxel: a centre on the face of a mask belongs to the upper side, as half-open boxes have it
-
-Step = tuple[float, float, float]
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class ResamplingPredictor:
             return
         self._said.add(spacing_um)
         model, stack = _text(self.spacing_um), "unknown" if spacing_um is None else _text(spacing_um)
-        if step != (1.0, 1.0, 1.0):
+        if step != UNCHANGED:
             done = "blocks are resampled, block_size and halo count the model's voxels; --model_spacing keep does not"
         elif spacing_um is None:
             done = "blocks are not resampled; --spacing '[z,y,x]' says the stack's"
@@ -174,9 +175,7 @@ class ResamplingPredictor:
         """Voxels of the input per voxel of the model."""
         if self.volume_spacing_um is None:
             raise ValueError("the predictor knows no voxel size of the stack; call for_volume(volume) first")
-        ratios = (model / stack for model, stack in zip(self.spacing_um, self.volume_spacing_um, strict=True))
-        z, y, x = (1.0 if abs(ratio - 1) <= self.tolerance else ratio for ratio in ratios)
-        return z, y, x
+        return step_between(self.spacing_um, self.volume_spacing_um, self.tolerance)
 
 
 def at_model_spacing(
@@ -200,24 +199,12 @@ def at_model_spacing(
     if model_spacing is None and trained_um is not None:
         return ResamplingPredictor(predictor, spacing_um=trained_um, tolerance=NEAR_SPACING, takes_unknown=True)
     if model_spacing is None or model_spacing == KEEP:
-        why = "model_spacing is keep" if model_spacing else "the checkpoint does not say the voxel size of its training"
+        why = "model_spacing is keep" if model_spacing else "the training had no known voxel size in common"
         _log.info("blocks are not resampled: %s", why)
         return predictor
     if isinstance(model_spacing, str):
         raise ValueError(f"model_spacing is {model_spacing!r}; pass [z, y, x] in micrometre, {KEEP!r} or null")
     return ResamplingPredictor(predictor, spacing_um=model_spacing)
-
-
-def resampled_roi(roi: Roi, step: Step) -> Roi:
-    """The smallest ROI of the resampled volume that covers a ROI of the volume.
-
-    Args:
-        roi: (z1, y1, x1, z2, y2, x2), voxels of the volume.
-        step: (z, y, x) voxels of the volume per resampled voxel.
-    """
-    z1, y1, x1 = (math.floor(v / s + _SLACK) for v, s in zip(roi[:3], step, strict=True))
-    z2, y2, x2 = (math.ceil(v / s - _SLACK) for v, s in zip(roi[3:], step, strict=True))
-    return z1, y1, x1, z2, y2, x2
 
 
 def resample(block: Tensor, roi: Roi, step: Step) -> Tensor:
@@ -232,12 +219,7 @@ def resample(block: Tensor, roi: Roi, step: Step) -> Tensor:
         [C, *roi_shape(resampled_roi(roi, step))] of the block's dtype; the block itself where every step is 1. Voxels
         whose sources the block holds have the same bits whichever block they are made from.
     """
-    grid = resampled_roi(roi, step)
-    for axis in sorted(range(3), key=lambda a: -step[a]):  # what shrinks comes first: the others have less to do
-        if step[axis] != 1:
-            target, bounds = np.arange(grid[axis], grid[axis + 3]), (roi[axis], roi[axis + 3])
-            block = _resample_axis(block, axis + 1, target, bounds, step[axis])
-    return block
+    return resample_image(block, roi, resampled_roi(roi, step), step)
 
 
 def restore(found: Instances, roi: Roi, step: Step) -> Instances:
@@ -256,7 +238,7 @@ def restore(found: Instances, roi: Roi, step: Step) -> Instances:
     """
     if not isinstance(found, Instances):
         raise TypeError(f"the predictor returned {type(found).__name__}; return seg3d_monai.inference.Instances")
-    if step == (1.0, 1.0, 1.0):
+    if step == UNCHANGED:
         return found
     grid = resampled_roi(roi, step)
     extent = np.array(roi_shape(roi))
@@ -287,7 +269,7 @@ def _restore_mask(
     covered = mask.astype(np.float32)
     for axis in range(3):
         target = np.arange(low[axis], high[axis]) + _TIE
-        source, weights = _taps(target, (grid[axis], grid[axis + 3]), 1 / step[axis])
+        source, weights = taps(target, (grid[axis], grid[axis + 3]), 1 / step[axis])
         source -= first[axis]
         weights[(source < 0) | (source >= mask.shape[axis])] = 0
         # In numpy: a mask is small, and threads that wait for each other would take longer than the work.
@@ -297,44 +279,6 @@ def _restore_mask(
             result += covered.take(source[:, tap], axis, mode="clip") * weight
         covered = result
     return covered > 0.5
-
-
-def _resample_axis(block: Tensor, dim: int, target: NDArray[np.int64], bounds: tuple[int, int], step: float) -> Tensor:
-    source, weights = _taps(target, bounds, step)
-    index = torch.from_numpy(source.clip(bounds[0], bounds[1] - 1) - bounds[0]).to(block.device)
-    weight = torch.from_numpy(weights).to(block.device, block.dtype)
-    shape = (-1, *(1,) * (block.ndim - 1 - dim))
-    result = block.index_select(dim, index[:, 0]).mul_(weight[:, 0].view(shape))
-    for tap in range(1, index.shape[1]):
-        # Products are rounded before they are added, tap by tap: a matrix product or a fused addcmul sums in an
-        # order, or with a rounding, that depends on the place in the block.
-        if weights[:, tap].any():
-            result += block.index_select(dim, index[:, tap]).mul_(weight[:, tap].view(shape))
-    return result
-
-
-def _taps(target: NDArray[Any], bounds: tuple[int, int], step: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Which source voxels make up target voxels along an axis, and their shares.
-
-    Args:
-        target: [K] places in the grid whose voxels are `step` source voxels long; fractions move the voxel.
-        bounds: first and last + 1 of the source voxels that there are; both grids start at the volume's corner.
-        step: source voxels per target voxel. Above 1 a voxel is the mean of what it covers, at the bounds of the part
-            inside; else it is interpolated linearly, constant past the outermost centres.
-
-    Returns:
-        places [K, T], shares [K, T] that sum to 1; a place out of bounds has no share.
-    """
-    start, stop = bounds
-    column = target[:, None]
-    if step > 1:
-        source = np.floor(column * step).astype(np.int64) + np.arange(math.ceil(step) + 1)
-        overlap = np.minimum((column + 1) * step, source + 1) - np.maximum(column * step, source)
-        weights = np.where((source >= start) & (source < stop), overlap.clip(0), 0.0)
-        return source, weights / weights.sum(1, keepdims=True)
-    position = ((column + 0.5) * step - 0.5).clip(start, stop - 1)
-    source = np.floor(position).astype(np.int64) + np.arange(2)
-    return source, 1 - np.abs(position - source)
 
 
 def _check_ratio(model: Step, stack: Step) -> None:

@@ -352,7 +352,7 @@ def test_the_model_spacing_that_is_asked_for_goes_before_that_of_the_checkpoint(
     assert [record.message.partition(": ")[2] for record in caplog.records] == [
         "model_spacing is keep",
         "model_spacing is keep",
-        "the checkpoint does not say the voxel size of its training",
+        "the training had no known voxel size in common",
     ]
     with pytest.raises(ValueError, match=r"model_spacing is 'kep'; pass \[z, y, x\] in micrometre, 'keep' or null"):
         at_model_spacing(Instances.empty, "kep", None)
