@@ -41,6 +41,10 @@ def synth(
     val_shape: list[int] | None = None,
     test_volumes: int | None = None,
     test_shape: list[int] | None = None,
+    unlabelled_volumes: int | None = None,
+    unlabelled_shape: list[int] | None = None,
+    annotated_fraction: float | None = None,
+    stream: bool = False,
     channels: int | None = None,
     num_classes: int | None = None,
 ) -> None:
@@ -58,6 +62,10 @@ def synth(
         val_shape: Voxels of each, "[z,y,x]".
         test_volumes: Number of test stacks.
         test_shape: Voxels of each, "[z,y,x]".
+        unlabelled_volumes: Number of volumes for training without labels.
+        unlabelled_shape: Voxels of each, "[z,y,x]".
+        annotated_fraction: Share of each training volume that is annotated, the rest is ignored; default 1.
+        stream: Make test stacks some planes at a time, of any depth and in bounded memory.
         channels: 1 or 2.
         num_classes: 1 or 2.
     """
@@ -499,7 +507,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "measure": measure,
     "seam-check": seam_check,
     "evaluate": evaluate,
+    "annotate suggest": cli_annotate.suggest,
+    "annotate import": cli_annotate.import_labels,
 }
+"""A name of two words is a command of a group."""
 
 
 def metrics_table(result: Mapping[str, Any]) -> str:
@@ -507,10 +518,7 @@ def metrics_table(result: Mapping[str, Any]) -> str:
 
     Args:
         result: What `evaluate_paths` returns.
-    "annotate suggest": cli_annotate.suggest,
-    "annotate import": cli_annotate.import_labels,
     """
-"""A name of two words is a command of a group."""
     columns = ["tp", "fp", "fn", "precision", "recall", "f1", "ap_dsb", "pq"]
     lines = ["  IoU " + "".join(f"{name:>10}" for name in columns)]
     for threshold, row in result["thresholds"].items():

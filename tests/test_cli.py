@@ -368,7 +368,8 @@ def test_evaluate_ends_with_f1_and_writes_json_whole(
 def test_synth_index_and_evaluate_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "2024"
     shapes = ["--train_shape", "[12,40,36]", "--test_shape", "[12,40,36]", "--val_volumes", "0", "--train_volumes", "1"]
-    assert cli.main(["synth", str(out), "--seed", "3", *shapes]) == 0
+    kinds = ["--unlabelled_volumes", "1", "--unlabelled_shape", "[4,20,18]", "--annotated_fraction", "0.5", "--stream"]
+    assert cli.main(["synth", str(out), "--seed", "3", *shapes, *kinds]) == 0
     assert (out / "manifest.csv").is_file()
     database = tmp_path / "crops.sqlite"
     assert cli.main(["index", str(out / "manifest.csv"), str(database), "--crop_size", "[8,24,24]"]) == 0

@@ -9,6 +9,7 @@ from seg3d_monai.data.data_config import DataConfig
 from seg3d_monai.data.intensity import Intensity, check_finite, measure_intensity
 from seg3d_monai.data.loader import CropLoader, collate_crops
 from seg3d_monai.data.manifest import Manifest, ManifestRow, read_manifest
+from seg3d_monai.data.manifest_write import write_manifest
 from seg3d_monai.data.sample import dataset_or_sample
 from seg3d_monai.data.splits import index_for, split_by_specimen
 from seg3d_monai.data.targets import Targets, derive_targets
@@ -40,4 +41,5 @@ __all__ = [
     "open_volume",
     "read_manifest",
     "split_by_specimen",
+    "write_manifest",
 ]

@@ -145,7 +145,7 @@ def read_manifest(path: str | os.PathLike[str], *, specimen_pattern: str | None 
         parsed = _parse_row(row, place, folder, pattern, faults)
         if parsed is not None:
             rows.append(parsed)
-    faults += _conflicts(rows)
+    faults += conflicts(rows)
     if faults:
         raise ValueError(f"{path}: {len(faults)} fault(s) in the manifest:\n" + "\n".join(f"  {f}" for f in faults))
     if not rows:
@@ -436,7 +436,7 @@ def _label_faults(row: ManifestRow, dtype: np.dtype) -> list[str]:
     return []
 
 
-def _conflicts(rows: Sequence[ManifestRow]) -> list[str]:
+def conflicts(rows: Sequence[ManifestRow]) -> list[str]:
     """Faults between rows: names or files used twice, and specimens in more than one split."""
     faults: list[str] = []
     first_by_name: dict[str, ManifestRow] = {}

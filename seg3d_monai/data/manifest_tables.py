@@ -1,4 +1,4 @@
-"""Cells of a manifest out of a CSV, Parquet or JSON file, or out of a folder's layout.
+"""Cells of a manifest out of a CSV, Parquet or JSON file, and into one.
 
 Whatever the format, a row is a dict of the cells that are not empty, by column. Free columns of a CSV become numbers
 where they read as such; in Parquet and JSON they have types already.
@@ -8,8 +8,10 @@ Must not know: what columns mean, volumes.
 
 import csv
 import difflib
+import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,47 @@ def read_table(path: Path, required: str, known: Sequence[str], faults: list[str
     if path.suffix.lower() == ".json":
         return _read_json(path, required, known, faults)
     return _read_csv(path, required, known, faults)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Cell]], known: Sequence[str]) -> None:
+    """Write rows so that `read_table` gives them back; the file appears, or is replaced, in one step.
+
+    Args:
+        path: a .parquet or .json file, anything else is written as CSV.
+        rows: cells by column; columns come in the order of their first cell.
+        known: columns whose cells are read as text.
+
+    Raises:
+        ValueError: a CSV or Parquet file cannot hold a cell as it is.
+    """
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        content = (json.dumps([dict(row) for row in rows], indent=1, ensure_ascii=False) + "\n").encode()
+    else:
+        for row in rows:
+            for name, cell in row.items():
+                is_other = suffix != ".parquet" and name not in known and number_or_text(str(cell)) != cell
+                if isinstance(cell, Mapping) or is_other:
+                    raise ValueError(f"{path}: cannot hold {cell!r} of the column {name}; write a .json file")
+        if suffix == ".parquet":
+            columns = {name: [row.get(name) for row in rows] for name in header}
+            try:
+                table = pyarrow.table(columns)
+            except pyarrow.ArrowException as error:
+                raise ValueError(f"{path}: a column holds numbers and text ({error}); write a .json file") from None
+            sink = io.BytesIO()
+            pyarrow.parquet.write_table(table, sink)
+            content = sink.getvalue()
+        else:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, fieldnames=header, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            content = text.getvalue().encode()
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def read_cells(path: Path) -> list[list[str]]:

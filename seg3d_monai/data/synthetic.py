@@ -1,135 +1,68 @@
-"""A synthetic light-sheet specimen: volumes with labels, and a folder that trains and tests a detector.
+"""A synthetic light-sheet specimen on disk: a folder that trains and tests a detector.
 
-`synthetic_nuclei` says where the nuclei are and `synthetic_imaging` what the camera sees of them; here the two meet and
-are written as OME-TIFF, OME-Zarr and a manifest. Everything is a function of the seed.
+Volumes are made by `synthetic_volume` or, large ones, by `synthetic_slabs`, and go through the writers that serve any
+data: OME-TIFF, the conversion to OME-Zarr, and the manifest with its checks. So synthetic, unlabelled and annotated
+volumes are rows of one kind. Everything is a function of the seed.
 
 It must not know models, training or metrics.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import tifffile
-import zarr
 
-from seg3d_monai.data.synthetic_imaging import ImagingModel, chromatin_texture, expose
-from seg3d_monai.data.synthetic_nuclei import NucleiModel, paint_nuclei, place_nuclei
+from seg3d_monai.data.convert import convert_volume
+from seg3d_monai.data.manifest import KNOWN_COLUMNS, SPACING_COLUMNS, read_manifest
+from seg3d_monai.data.manifest_tables import Cell, write_table
+from seg3d_monai.data.synthetic_imaging import ImagingModel
+from seg3d_monai.data.synthetic_nuclei import NucleiModel
+from seg3d_monai.data.synthetic_slabs import SlabStack
+from seg3d_monai.data.synthetic_volume import (
+    check_kinds,
+    checked_shape,
+    checked_spacing,
+    make_volume,
+    make_volume_with_classes,
+)
+from seg3d_monai.data.tiff_write import write_ome_tiff
+from seg3d_monai.data.volume import ArrayVolume, Spacing
+
+__all__ = ["ImagingModel", "NucleiModel", "make_volume", "make_volume_with_classes", "write_specimen"]
 
 SPECIMEN_VERSION = 1
+_LATER = {"unlabelled_volumes": 0, "unlabelled_shape": None, "annotated_fraction": 1.0, "stream": False}
+"""What specimens were made with before they said so."""
 
 Array = np.ndarray
 
 
-def make_volume(
-    shape: Sequence[int],
-    *,
-    seed: int | Sequence[int],
-    spacing_um: Sequence[float] = (2.0, 0.8, 0.8),
-    depth_um: float = 0.0,
-    channels: int = 1,
-    num_classes: int = 1,
-    nuclei: NucleiModel | None = None,
-    imaging: ImagingModel | None = None,
-) -> tuple[Array, Array]:
-    """Make one volume and its labels; the same arguments give the same bits.
+@dataclass(frozen=True)
+class _Order:
+    """A volume to be made.
 
-    Args:
-        shape: voxels (z, y, x), each at least 1.
-        seed: integer(s) >= 0 from which every draw follows.
-        spacing_um: voxel size (z, y, x).
-        depth_um: depth of the first slice in the specimen, >= 0; deeper is dimmer and more blurred.
-        channels: 1 (nuclei) or 2 (nuclei, and a stain of their rims).
-        num_classes: 1, or 2: class 0 large and dim, class 1 small and bright (`make_volume_with_classes` returns them).
-        nuclei: how nuclei look; None is the default model.
-        imaging: the microscope; None is the default model.
-
-    Returns:
-        image uint16 [Z, Y, X] (or [2, Z, Y, X]) and labels uint32 [Z, Y, X], 0 background, ids compact from 1.
-
-    Raises:
-        ValueError: an argument is out of its range.
+    Attributes:
+        name: of its folder.
+        split: its split.
+        kind: "train", "val", "test" or "unlabelled".
+        shape: (z, y, x) voxels.
+        depth_um: of its first plane.
+        seed: of all of its draws.
     """
-    image, labels, _ = make_volume_with_classes(
-        shape,
-        seed=seed,
-        spacing_um=spacing_um,
-        depth_um=depth_um,
-        channels=channels,
-        num_classes=num_classes,
-        nuclei=nuclei,
-        imaging=imaging,
-    )
-    return image, labels
 
-
-def make_volume_with_classes(
-    shape: Sequence[int],
-    *,
-    seed: int | Sequence[int],
-    spacing_um: Sequence[float] = (2.0, 0.8, 0.8),
-    depth_um: float = 0.0,
-    channels: int = 1,
-    num_classes: int = 2,
-    nuclei: NucleiModel | None = None,
-    imaging: ImagingModel | None = None,
-) -> tuple[Array, Array, Array]:
-    """As `make_volume`, with the class of each instance.
-
-    Returns:
-        image, labels, and classes int64 [G]: classes[id - 1] is the class of instance id.
-
-    Raises:
-        ValueError: an argument is out of its range.
-    """
-    size = _checked_shape("shape", shape)
-    spacing = _checked_spacing(spacing_um)
-    if channels not in (1, 2):
-        raise ValueError(f"channels must be 1 or 2, got {channels}")
-    if num_classes not in (1, 2):
-        raise ValueError(f"num_classes must be 1 or 2, got {num_classes}")
-    if not depth_um >= 0:
-        raise ValueError(f"depth_um must be >= 0, got {depth_um}")
-    nuclei, imaging = nuclei or NucleiModel(), imaging or ImagingModel()
-    rng = np.random.default_rng(seed)
-    placed = place_nuclei(rng, np.array(size) * spacing, nuclei, num_classes)
-    labels, nearest, runner_up, kept = paint_nuclei(placed, size, spacing)
-    classes = np.array([nucleus.kind for nucleus in kept], dtype=np.int64)
-    brightness = np.array([0.0] + [nucleus.brightness for nucleus in kept], dtype=np.float32)
-
-    # Dimmer towards the rim, and dark where two nuclei meet: there is a membrane and some cytoplasm between them.
-    body = 1.0 - 0.35 * np.minimum(nearest, 1.0) ** 2
-    seam = np.clip((runner_up - nearest) / 0.22, 0.35, 1.0)
-    signal = brightness[labels] * body * seam * chromatin_texture(rng, size, spacing, nuclei.texture)
-    stains = [signal]
-    if channels == 2:
-        rim = np.exp(-(((np.minimum(nearest, 2.0) - 1.0) / 0.1) ** 2)).astype(np.float32)
-        stains.append(0.8 * rim)
-    images = [expose(rng, stain, spacing, depth_um, imaging) for stain in stains]
-    return (images[0] if channels == 1 else np.stack(images)), labels, classes
-
-
-def _checked_shape(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
-    if len(shape) != 3 or any(int(size) != size or size < 1 for size in shape):
-        raise ValueError(f"{name} must be three positive integers (z, y, x), got {tuple(shape)}")
-    return int(shape[0]), int(shape[1]), int(shape[2])
-
-
-def _checked_spacing(spacing_um: Sequence[float]) -> Array:
-    spacing = np.asarray(spacing_um, dtype=np.float64)
-    if spacing.shape != (3,) or not np.all(np.isfinite(spacing)) or not np.all(spacing > 0):
-        raise ValueError(f"spacing_um must be three positive numbers (z, y, x), got {tuple(spacing_um)}")
-    return spacing
+    name: str
+    split: str
+    kind: str
+    shape: tuple[int, int, int]
+    depth_um: float
+    seed: tuple[int, int]
 
 
 def write_specimen(
@@ -143,18 +76,23 @@ def write_specimen(
     val_shape: Sequence[int] | None = None,
     test_volumes: int = 1,
     test_shape: Sequence[int] = (96, 256, 256),
+    unlabelled_volumes: int = 0,
+    unlabelled_shape: Sequence[int] | None = None,
+    annotated_fraction: float = 1.0,
+    stream: bool = False,
     channels: int = 1,
     num_classes: int = 1,
     nuclei: NucleiModel | None = None,
     imaging: ImagingModel | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write training, validation and test volumes with labels, and the manifest that lists them.
+    """Write training, validation and test volumes with labels, others without, and the manifest that lists them.
 
-    `out/NAME/image.tif` and `labels.tif` (OME-TIFF) for training and validation, `image.zarr` and `labels.zarr`
-    (OME-Zarr 0.5) for the test stacks, `classes.csv` beside them with two classes; `out/manifest.csv` comes last, so a
-    folder without it is unfinished. An unfinished folder of the same specimen goes on, a finished one is reused.
-    Training volumes lie at depths spread over the depth of the test stack.
+    `out/NAME/image.tif` and `labels.tif` (OME-TIFF) for training and validation, `image.tif` alone for volumes without
+    labels, `image.zarr` and `labels.zarr` (OME-Zarr 0.5) for the test stacks, `classes.csv` beside them with two
+    classes; `out/manifest.csv` comes last, so a folder without it is unfinished. Its column `synthetic` is 1 in every
+    row. An unfinished folder of the same specimen goes on, a finished one is reused as it is, in the layout of earlier
+    versions too. Training volumes lie at depths spread over the depth of the test stack.
 
     Args:
         out: folder; created where needed; must be empty or hold the same specimen.
@@ -166,6 +104,11 @@ def write_specimen(
         val_shape: their shape; None is train_shape.
         test_volumes: how many test stacks, >= 0.
         test_shape: their shape.
+        unlabelled_volumes: how many volumes of split "train" without labels, for pre-training, >= 0.
+        unlabelled_shape: their shape; None is train_shape.
+        annotated_fraction: share of each training volume in which nuclei are annotated, above 0; the rest is ignore.
+        stream: whether test stacks are made some planes at a time, of any depth and in bounded memory; their voxels are
+            other ones than without.
         channels: 1 or 2, as in `make_volume`.
         num_classes: 1 or 2, as in `make_volume`.
         nuclei: how nuclei look; None is the default model.
@@ -179,68 +122,90 @@ def write_specimen(
         ValueError: an argument is out of its range, or `out` holds something else.
     """
     folder = Path(out)
-    spacing = _checked_spacing(spacing_um)
-    counts = {"train_volumes": train_volumes, "val_volumes": val_volumes, "test_volumes": test_volumes}
-    for name, value in counts.items():
+    z, y, x = checked_spacing(spacing_um).tolist()
+    spacing: Spacing = (z, y, x)
+    counts = {"train": train_volumes, "val": val_volumes, "test": test_volumes, "unlabelled": unlabelled_volumes}
+    for kind, value in counts.items():
         if int(value) != value or value < 0:
-            raise ValueError(f"{name} must be an integer >= 0, got {value}")
+            raise ValueError(f"{kind}_volumes must be an integer >= 0, got {value}")
     if sum(counts.values()) == 0:
-        raise ValueError("train_volumes, val_volumes and test_volumes are all 0; ask for at least one volume")
+        raise ValueError(
+            "train_volumes, val_volumes, test_volumes and unlabelled_volumes are all 0; ask for at least one volume"
+        )
+    asked = {"train": train_shape, "val": val_shape, "test": test_shape, "unlabelled": unlabelled_shape}
     shapes = {
-        "train": _checked_shape("train_shape", train_shape),
-        "val": _checked_shape("val_shape", train_shape if val_shape is None else val_shape),
-        "test": _checked_shape("test_shape", test_shape),
+        kind: checked_shape(f"{kind}_shape", train_shape if shape is None else shape) for kind, shape in asked.items()
     }
-    if channels not in (1, 2) or num_classes not in (1, 2):
-        raise ValueError(f"channels and num_classes must be 1 or 2, got {channels} and {num_classes}")
-    nuclei_model, imaging_model = nuclei or NucleiModel(), imaging or ImagingModel()
+    check_kinds(channels, num_classes)
+    if not 0 < annotated_fraction <= 1:
+        raise ValueError(f"annotated_fraction must be above 0 and at most 1, got {annotated_fraction}")
+    nuclei, imaging = nuclei or NucleiModel(), imaging or ImagingModel()
     parameters = {
         "kind": "seg3d_monai synthetic specimen",
         "version": SPECIMEN_VERSION,
         "seed": int(seed),
-        "spacing_um": [float(s) for s in spacing],
-        **{name: int(value) for name, value in counts.items()},
-        **{f"{split}_shape": list(shape) for split, shape in shapes.items()},
+        "spacing_um": list(spacing),
+        **{f"{kind}_volumes": int(value) for kind, value in counts.items()},
+        **{f"{kind}_shape": list(shape) for kind, shape in shapes.items() if kind != "unlabelled" or counts[kind]},
+        "annotated_fraction": float(annotated_fraction),
+        "stream": bool(stream),
         "channels": int(channels),
         "num_classes": int(num_classes),
-        "nuclei": asdict(nuclei_model),
-        "imaging": asdict(imaging_model),
+        "nuclei": asdict(nuclei),
+        "imaging": asdict(imaging),
     }
     _claim(folder, parameters)
 
-    rows: list[dict[str, str | int | float]] = []
-    index = 0
-    for split in ("train", "val", "test"):
-        count = counts[f"{split}_volumes"]
-        shape = shapes[split]
-        spare = max(0.0, (shapes["test"][0] - shape[0]) * float(spacing[0]))
+    looks = {
+        "spacing_um": spacing,
+        "channels": channels,
+        "num_classes": num_classes,
+        "nuclei": nuclei,
+        "imaging": imaging,
+    }
+    rows: list[dict[str, Cell]] = []
+    for order in _orders(counts, shapes, int(seed), spacing[0]):
+        place = folder / order.name
+        if not place.is_dir():
+            if report is not None:
+                report(f"{order.name}: {' x '.join(map(str, order.shape))} voxels")
+            if order.kind == "test" and stream:
+                _write_stack(place, order, looks)
+            else:
+                _write_volume(place, order, looks, annotated_fraction if order.kind == "train" else 1.0)
+        rows.append(_manifest_row(place, order, spacing, num_classes))
+    manifest = folder / "manifest.csv"
+    if not manifest.is_file():  # a finished one is the user's: it may have more rows, or lie where nobody can write
+        _write_manifest(manifest, rows)
+    return manifest
+
+
+def _orders(
+    counts: dict[str, int], shapes: dict[str, tuple[int, int, int]], seed: int, spacing_z_um: float
+) -> list[_Order]:
+    orders: list[_Order] = []
+    for kind, count in counts.items():
+        shape = shapes[kind]
+        spare = max(0.0, (shapes["test"][0] - shape[0]) * spacing_z_um)
         for number in range(count):
-            name = f"{split}_{number}"
-            index += 1
-            place = folder / name
-            if not place.is_dir():
-                if report is not None:
-                    report(f"{name}: {' x '.join(map(str, shape))} voxels")
-                image, labels, classes = make_volume_with_classes(
-                    shape,
-                    seed=(int(seed), index),
-                    spacing_um=spacing.tolist(),
+            orders.append(
+                _Order(
+                    name=f"{kind}_{number}",
+                    split="train" if kind == "unlabelled" else kind,
+                    kind=kind,
+                    shape=shape,
                     # One volume lies in the middle, several reach from the top to the bottom.
                     depth_um=spare * (number / (count - 1) if count > 1 else 0.5),
-                    channels=channels,
-                    num_classes=num_classes,
-                    nuclei=nuclei_model,
-                    imaging=imaging_model,
+                    seed=(seed, len(orders) + 1),
                 )
-                _write_volume(place, split, image, labels, classes if num_classes > 1 else None, spacing)
-            rows.append(_manifest_row(place, split, spacing, num_classes))
-    return _write_manifest(folder / "manifest.csv", rows)
+            )
+    return orders
 
 
 def _claim(folder: Path, parameters: dict[str, object]) -> None:
     """Make the folder this specimen's, or say what else it holds."""
     described = folder / "specimen.json"
-    wanted = json.loads(json.dumps(parameters))
+    wanted = _LATER | json.loads(json.dumps(parameters))
     if described.is_file():
         try:
             found = json.loads(described.read_text(encoding="utf-8"))
@@ -248,6 +213,7 @@ def _claim(folder: Path, parameters: dict[str, object]) -> None:
             found = None
         if not isinstance(found, dict):
             raise ValueError(f"out={str(folder)!r} holds an unreadable specimen.json; choose another folder")
+        found = _LATER | found
         different = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         if different:
             raise ValueError(
@@ -273,118 +239,117 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _write_volume(place: Path, split: str, image: Array, labels: Array, classes: Array | None, spacing: Array) -> None:
+def _write_volume(place: Path, order: _Order, looks: dict[str, Any], annotated_fraction: float) -> None:
     """Write a volume's folder under another name and rename it when it is whole."""
+    image, labels, classes = make_volume_with_classes(order.shape, seed=order.seed, depth_um=order.depth_um, **looks)
+    facts = {"quality_image": _contrast_to_noise(image if image.ndim == 3 else image[0], labels)}
+    if annotated_fraction < 1:
+        labels, kept = annotate_partly(labels, annotated_fraction, np.random.default_rng((*order.seed, 1)))
+        classes = classes[kept - 1]
+    spacing = looks["spacing_um"]
     partial = _partial(place)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        if split == "test":
-            _write_ome_zarr(partial / "image.zarr", image, spacing, is_label=False)
-            _write_ome_zarr(partial / "labels.zarr", labels, spacing, is_label=True)
+        if order.kind == "test":
+            convert_volume(ArrayVolume(image, spacing), partial / "image.zarr")
+            convert_volume(ArrayVolume(labels, spacing), partial / "labels.zarr", labels=True)
         else:
-            _write_ome_tiff(partial / "image.tif", image, spacing)
-            _write_ome_tiff(partial / "labels.tif", labels, spacing)
-        if classes is not None:
-            lines = [f"{number},{kind}" for number, kind in enumerate(classes, start=1)]
-            (partial / "classes.csv").write_text("\n".join(["id,class", *lines]) + "\n", encoding="utf-8")
-        statistics = {"quality_image": _contrast_to_noise(image, labels), "nuclei": int(labels.max())}
-        (partial / "volume.json").write_text(json.dumps(statistics) + "\n", encoding="utf-8")
-        try:
-            os.rename(partial, place)
-        except OSError:
-            # Another process finished the same volume first; its bytes are the same.
-            if not place.is_dir():
-                raise
+            write_ome_tiff(partial / "image.tif", image, spacing)
+            if order.kind != "unlabelled":
+                write_ome_tiff(partial / "labels.tif", labels, spacing, compressed=True)
+        _write_facts(partial, facts, None if order.kind == "unlabelled" else classes, looks["num_classes"])
+        _put_in_place(partial, place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _write_stack(place: Path, order: _Order, looks: dict[str, Any]) -> None:
+    """Write a stack's folder some planes at a time; what an interrupted run has written stays and is gone on with."""
+    stack = SlabStack(order.shape, seed=order.seed, depth_um=order.depth_um, **looks)
+    partial = place.with_name(f".partial-{place.name}")
+    partial.mkdir(exist_ok=True)
+    convert_volume(stack.image, partial / "image.zarr")
+    convert_volume(stack.labels, partial / "labels.zarr", labels=True)
+    middle = stack.num_slabs // 2
+    quality = _contrast_to_noise(stack.make_image(middle)[0], stack.make_labels(middle)[0])
+    _write_facts(partial, {"quality_image": quality}, stack.classes, looks["num_classes"])
+    _put_in_place(partial, place)
+
+
+def _write_facts(folder: Path, facts: dict[str, float], classes: Array | None, num_classes: int) -> None:
+    """`volume.json`, which the manifest's row is made from, and `classes.csv`; `classes` is None without labels."""
+    if classes is not None and num_classes > 1:
+        lines = [f"{number},{kind}" for number, kind in enumerate(classes, start=1)]
+        (folder / "classes.csv").write_text("\n".join(["id,class", *lines]) + "\n", encoding="utf-8")
+    counted = {} if classes is None else {"nuclei": len(classes)}
+    (folder / "volume.json").write_text(json.dumps(facts | counted) + "\n", encoding="utf-8")
+
+
+def _put_in_place(partial: Path, place: Path) -> None:
+    try:
+        os.rename(partial, place)
+    except OSError:
+        # Another process finished the same volume first; its bytes are the same.
+        if not place.is_dir():
+            raise
+
+
+def annotate_partly(labels: Array, fraction: float, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Labels as of somebody who annotated, in a box somewhere, every nucleus that lies mostly in it.
+
+    Args:
+        labels: unsigned integers [Z, Y, X], 0 background, ids compact from 1.
+        fraction: of the volume that the box takes, above 0.
+        rng: for its place.
+
+    Returns:
+        The labels: annotated nuclei whole, with ids compact from 1, background in the box, and all other voxels ignore,
+        the dtype's maximum. And the ids that the annotated nuclei had, ascending.
+    """
+    shape = np.array(labels.shape)
+    extent = np.clip(np.rint(shape * fraction ** (1 / 3)).astype(int), 1, shape)
+    start = rng.integers(0, shape - extent + 1)
+    box = tuple(slice(a, a + n) for a, n in zip(start, extent, strict=True))
+    inside = np.zeros(labels.shape, bool)
+    inside[box] = True
+    voxels = np.bincount(labels.ravel())
+    is_kept = 2 * np.bincount(labels[box].ravel(), minlength=len(voxels)) > voxels
+    is_kept[0] = False
+    kept = np.flatnonzero(is_kept)
+    new_id = np.zeros(len(voxels), labels.dtype)
+    new_id[kept] = np.arange(1, len(kept) + 1)
+    result = new_id[labels]
+    result[(result == 0) & (~inside | (labels > 0))] = np.iinfo(labels.dtype).max
+    return result, kept
+
+
 def _contrast_to_noise(image: Array, labels: Array) -> float:
-    nuclei = image if image.ndim == 3 else image[0]
-    inside, outside = nuclei[labels > 0], nuclei[labels == 0]
+    inside, outside = image[labels > 0], image[labels == 0]
     if inside.size == 0 or outside.size == 0:
         return 0.0
     return round(float((np.median(inside) - np.median(outside)) / max(float(outside.std()), 1e-6)), 3)
 
 
-def _manifest_row(place: Path, split: str, spacing: Array, num_classes: int) -> dict[str, str | int | float]:
-    statistics = json.loads((place / "volume.json").read_text(encoding="utf-8"))
-    suffix = "zarr" if split == "test" else "tif"
-    row: dict[str, str | int | float] = {
-        "name": place.name,
-        "image": f"{place.name}/image.{suffix}",
-        "label": f"{place.name}/labels.{suffix}",
-        "spacing_z_um": float(spacing[0]),
-        "spacing_y_um": float(spacing[1]),
-        "spacing_x_um": float(spacing[2]),
-        "specimen": f"specimen_{place.name}",
-        "split": split,
-    }
-    if num_classes > 1:
-        row["classes"] = f"{place.name}/classes.csv"
-    else:
-        row["class"] = 0
-    row["quality_image"] = statistics["quality_image"]
-    row["nuclei"] = statistics["nuclei"]
-    return row
+def _manifest_row(place: Path, order: _Order, spacing: Spacing, num_classes: int) -> dict[str, Cell]:
+    facts = json.loads((place / "volume.json").read_text(encoding="utf-8"))
+    suffix = "zarr" if order.kind == "test" else "tif"
+    row: dict[str, Cell] = {"name": order.name, "image": f"{order.name}/image.{suffix}"}
+    if order.kind != "unlabelled":
+        row["label"] = f"{order.name}/labels.{suffix}"
+    row |= dict(zip(SPACING_COLUMNS, spacing, strict=True))
+    row |= {"specimen": f"specimen_{order.name}", "split": order.split}
+    if order.kind != "unlabelled":
+        row |= {"classes": f"{order.name}/classes.csv"} if num_classes > 1 else {"class": 0}
+    return row | facts | {"synthetic": 1}
 
 
-def _write_manifest(path: Path, rows: list[dict[str, str | int | float]]) -> Path:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    # A finished specimen may lie where nobody can write.
-    if not path.is_file() or path.read_text(encoding="utf-8") != text.getvalue():
-        _write_text(path, text.getvalue())
-    return path
-
-
-def _write_ome_tiff(path: Path, array: Array, spacing: Array) -> None:
-    tifffile.imwrite(
-        path,
-        array,
-        ome=True,
-        photometric="minisblack",
-        compression="zlib" if array.dtype == np.uint32 else None,
-        metadata={
-            # tifffile would write its version and an id made of clock and host: the same specimen has the same bytes.
-            "Creator": "seg3d_monai",
-            "UUID": str(uuid.UUID(bytes=hashlib.blake2b(array.tobytes(), digest_size=16).digest())),
-            "axes": "ZYX" if array.ndim == 3 else "CZYX",
-            "PhysicalSizeZ": float(spacing[0]),
-            "PhysicalSizeY": float(spacing[1]),
-            "PhysicalSizeX": float(spacing[2]),
-            "PhysicalSizeZUnit": "µm",
-            "PhysicalSizeYUnit": "µm",
-            "PhysicalSizeXUnit": "µm",
-        },
-    )
-
-
-def _write_ome_zarr(path: Path, array: Array, spacing: Array, *, is_label: bool) -> None:
-    axes: list[dict[str, str]] = [{"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"]
-    scale = [float(s) for s in spacing]
-    chunks = tuple(min(chunk, size) for chunk, size in zip((32, 64, 64), array.shape[-3:], strict=True))
-    if array.ndim == 4:
-        axes.insert(0, {"name": "c", "type": "channel"})
-        scale.insert(0, 1.0)
-        chunks = (1, *chunks)
-    ome: dict[str, object] = {
-        "version": "0.5",
-        "multiscales": [
-            {
-                "name": path.stem,
-                "axes": axes,
-                "datasets": [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": scale}]}],
-            }
-        ],
-    }
-    if is_label:
-        ome["image-label"] = {"version": "0.5"}
-    group = zarr.create_group(path, zarr_format=3, attributes={"ome": ome})
-    level = group.create_array(
-        "0", shape=array.shape, dtype=array.dtype, chunks=chunks, dimension_names=[axis["name"] for axis in axes]
-    )
-    level[...] = array
+def _write_manifest(path: Path, rows: list[dict[str, Cell]]) -> None:
+    """Write it under another name, and give it its own when the layer reads it as meant."""
+    partial = _partial(path)
+    try:
+        write_table(partial, rows, KNOWN_COLUMNS)
+        read_manifest(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -8,11 +8,15 @@ It must not know light, cameras or files.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
 MIN_VISIBLE_VOXELS = 25
+PAINTED_REACH = 1.35
+"""Distances are painted so far, in the reach of a nucleus: the seam and the rim stain need them beyond the surface."""
 
 Array = np.ndarray
 
@@ -61,6 +65,9 @@ def place_nuclei(rng: np.random.Generator, extent_um: Array, model: NucleiModel,
     placed: list[Nucleus] = []
     centres = np.empty((wanted, 3))
     reaches = np.empty(wanted)
+    # Neighbours are looked for in cells that are longer than any two nuclei reach together.
+    cell_um = 2 * 1.2 * model.diameter_um[1] / 2 * (1 + model.elongation) * (1 + 2 * model.deformation)
+    cells: dict[tuple[int, ...], list[int]] = {}
     for _ in range(wanted):
         candidate = _draw_nucleus(rng, model, num_classes)
         for _attempt in range(60):
@@ -74,17 +81,20 @@ def place_nuclei(rng: np.random.Generator, extent_um: Array, model: NucleiModel,
                 centre = rng.uniform(-3.0, extent_um + 3.0)
             if np.any(centre < -3.0) or np.any(centre > extent_um + 3.0):
                 continue
-            count = len(placed)
-            offsets = centres[:count] - centre
+            cell = tuple(int(n) for n in np.floor(centre / cell_um))
+            around = product(*((n - 1, n, n + 1) for n in cell))
+            near = np.array(sorted(i for other in around for i in cells.get(other, ())), np.int64)
+            offsets = centres[near] - centre
             distances = np.linalg.norm(offsets, axis=1)
-            close = np.flatnonzero(distances < reaches[:count] + candidate.reach)
+            close = distances < reaches[near] + candidate.reach
             if all(
-                distances[i]
-                >= 0.88 * (placed[i].radius(offsets[i] / distances[i]) + candidate.radius(offsets[i] / distances[i]))
-                for i in close
+                distance >= 0.88 * (placed[i].radius(offset / distance) + candidate.radius(offset / distance))
+                for i, offset, distance in zip(near[close], offsets[close], distances[close], strict=True)
             ):
+                count = len(placed)
                 centres[count] = centre
                 reaches[count] = candidate.reach
+                cells.setdefault(cell, []).append(count)
                 placed.append(replace(candidate, centre=centre))
                 break
     return placed
@@ -119,16 +129,62 @@ def paint_nuclei(
         labels uint32, relative distance (1 on a surface) to the nearest and the second nearest nucleus, and the
         nuclei that are visible, in the order of their ids.
     """
-    owner = np.zeros(shape, dtype=np.uint32)
-    nearest = np.full(shape, 3.0, dtype=np.float32)
-    runner_up = np.full(shape, 3.0, dtype=np.float32)
-    for index, nucleus in enumerate(placed, start=1):
-        # Beyond the surface too: the seam and the rim stain need the distance there.
-        low = np.maximum(np.floor((nucleus.centre - 1.35 * nucleus.reach) / spacing - 0.5), 0).astype(int)
-        high = np.minimum(np.ceil((nucleus.centre + 1.35 * nucleus.reach) / spacing + 0.5), shape).astype(int)
+    owner, nearest, runner_up = paint_planes(enumerate(placed, start=1), shape, spacing, (0, shape[0]))
+    new_id = visible_ids(np.bincount(owner.ravel(), minlength=len(placed) + 1))
+    kept = [nucleus for nucleus, number in zip(placed, new_id[1:], strict=True) if number]
+    return new_id[owner], nearest, runner_up, kept
+
+
+def visible_ids(voxels: Array) -> Array:
+    """Ids, compact from 1, of the nuclei that have enough voxels; 0 for the others and for the background.
+
+    Args:
+        voxels: [G + 1], of the background and of each nucleus.
+
+    Returns:
+        uint32 [G + 1].
+    """
+    visible = voxels >= MIN_VISIBLE_VOXELS
+    visible[0] = False
+    new_id = np.zeros(len(voxels), dtype=np.uint32)
+    new_id[visible] = np.arange(1, int(visible.sum()) + 1, dtype=np.uint32)
+    return new_id
+
+
+def planes_of(nucleus: Nucleus, spacing: Array) -> tuple[int, int]:
+    """First and one past the last plane that painting a nucleus may touch, in a volume without end."""
+    reach = PAINTED_REACH * nucleus.reach
+    low = np.floor((nucleus.centre[0] - reach) / spacing[0] - 0.5)
+    return int(low), int(np.ceil((nucleus.centre[0] + reach) / spacing[0] + 0.5))
+
+
+def paint_planes(
+    numbered: Iterable[tuple[int, Nucleus]], shape: tuple[int, int, int], spacing: Array, planes: tuple[int, int]
+) -> tuple[Array, Array, Array]:
+    """Paint some planes of a volume; what comes out for a plane does not depend on the others.
+
+    Args:
+        numbered: numbers from 1, ascending, and nuclei: all that touch the planes, at least.
+        shape: (z, y, x) of the volume.
+        spacing: (z, y, x) micrometres per voxel.
+        planes: the first, and one past the last.
+
+    Returns:
+        Each [planes, Y, X]: the number of the nucleus that a voxel belongs to (uint32, 0 for none), and the relative
+        distance (1 on a surface) to the nearest and the second nearest nucleus.
+    """
+    first_plane, stop_plane = planes
+    size = (stop_plane - first_plane, *shape[1:])
+    owner = np.zeros(size, dtype=np.uint32)
+    nearest = np.full(size, 3.0, dtype=np.float32)
+    runner_up = np.full(size, 3.0, dtype=np.float32)
+    for index, nucleus in numbered:
+        reach = PAINTED_REACH * nucleus.reach
+        low = np.maximum(np.floor((nucleus.centre - reach) / spacing - 0.5), (first_plane, 0, 0)).astype(int)
+        high = np.minimum(np.ceil((nucleus.centre + reach) / spacing + 0.5), (stop_plane, *shape[1:])).astype(int)
         if np.any(high <= low):
             continue
-        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        box = tuple(slice(a - start, b - start) for a, b, start in zip(low, high, (first_plane, 0, 0), strict=True))
         grids = [
             ((np.arange(a, b) + 0.5) * step - middle).astype(np.float32)
             for a, b, step, middle in zip(low, high, spacing, nucleus.centre, strict=True)
@@ -152,10 +208,4 @@ def paint_nuclei(
         box_owner = owner[box]
         box_owner[wins & (distance < 1)] = index
         box_owner[wins & (distance >= 1)] = 0
-    voxels = np.bincount(owner.ravel(), minlength=len(placed) + 1)
-    visible = voxels >= MIN_VISIBLE_VOXELS
-    visible[0] = False
-    new_id = np.zeros(len(voxels), dtype=np.uint32)
-    new_id[visible] = np.arange(1, int(visible.sum()) + 1, dtype=np.uint32)
-    kept = [nucleus for index, nucleus in enumerate(placed, start=1) if visible[index]]
-    return new_id[owner], nearest, runner_up, kept
+    return owner, nearest, runner_up

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import tifffile
 import zarr
 from scipy import ndimage
 
-from seg3d_monai.data import synthetic
+from seg3d_monai.data import open_volume, read_manifest, synthetic
+from seg3d_monai.data.convert import convert_volume
 from seg3d_monai.data.synthetic import (
     ImagingModel,
     NucleiModel,
@@ -165,12 +167,14 @@ def test_the_written_specimen(tmp_path: Path) -> None:
         assert np.isfinite(float(row["quality_image"]))
         image_path, label_path = manifest.parent / row["image"], manifest.parent / row["label"]
         if row["split"] == "test":
-            group = zarr.open_group(image_path, mode="r")
-            (multiscale,) = group.attrs["ome"]["multiscales"]
-            assert [axis["name"] for axis in multiscale["axes"]] == ["z", "y", "x"]
-            assert multiscale["datasets"][0]["coordinateTransformations"][0]["scale"] == [2.0, 0.8, 0.8]
-            image, labels = group["0"][...], zarr.open_group(label_path, mode="r")["0"][...]
-            assert image.shape == (12, 30, 34)
+            (multiscale,) = zarr.open_group(image_path, mode="r").attrs["ome"]["multiscales"]
+            assert [axis["name"] for axis in multiscale["axes"]] == ["c", "z", "y", "x"]
+            assert multiscale["datasets"][0]["coordinateTransformations"][0]["scale"] == [1.0, 2.0, 0.8, 0.8]
+            whole = (0, 0, 0, 12, 30, 34)
+            image, labels = open_volume(image_path).read(whole)[0], open_volume(label_path).read(whole)[0]
+            made = make_volume((12, 30, 34), seed=(7, 4))
+            np.testing.assert_array_equal(image, made[0])
+            np.testing.assert_array_equal(labels, made[1])
         else:
             with tifffile.TiffFile(image_path) as file:
                 assert 'PhysicalSizeZ="2.0"' in (file.ome_metadata or "")
@@ -180,6 +184,8 @@ def test_the_written_specimen(tmp_path: Path) -> None:
         assert image.dtype == np.uint16
         assert labels.dtype == np.uint32
         assert labels.max() == int(row["nuclei"])
+        assert row["synthetic"] == "1"
+    assert [row.name for row in read_manifest(manifest).rows] == ["train_0", "train_1", "val_0", "test_0"]
 
 
 def test_a_finished_specimen_is_reused_and_another_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,17 +210,17 @@ def test_an_interrupted_write_goes_on_and_equals_an_undisturbed_one(
 ) -> None:
     whole = write_specimen(tmp_path / "whole", seed=7, **SMALL)
     out = tmp_path / "interrupted"
-    write_tiff = synthetic._write_ome_tiff
+    write_tiff = synthetic.write_ome_tiff
     calls: list[Path] = []
 
-    def break_at_the_fourth(path: Path, *rest: object) -> None:
+    def break_at_the_fourth(path: Path, *rest: object, **options: object) -> None:
         calls.append(path)
         if len(calls) == 4:
             path.write_bytes(b"half")
             raise KeyboardInterrupt
-        write_tiff(path, *rest)
+        write_tiff(path, *rest, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(synthetic, "_write_ome_tiff", break_at_the_fourth)
+    monkeypatch.setattr(synthetic, "write_ome_tiff", break_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         write_specimen(out, seed=7, **SMALL)
     assert not (out / "manifest.csv").exists()
@@ -250,6 +256,11 @@ def test_wrong_counts_are_refused_before_anything_is_written(tmp_path: Path) -> 
         write_specimen(tmp_path / "a", test_shape=(5, 5))
     with pytest.raises(ValueError, match="channels"):
         write_specimen(tmp_path / "a", channels=0)
+    for fraction in (0.0, 1.5):
+        with pytest.raises(ValueError, match="annotated_fraction"):
+            write_specimen(tmp_path / "a", annotated_fraction=fraction)
+    with pytest.raises(ValueError, match="unlabelled_volumes"):
+        write_specimen(tmp_path / "a", unlabelled_volumes=-2)
     assert not (tmp_path / "a").exists()
 
 
@@ -260,11 +271,135 @@ def test_two_channels_and_two_classes_on_disk(tmp_path: Path) -> None:
         assert [int(entry["id"]) for entry in rows] == list(range(1, int(row["nuclei"]) + 1))
         assert {int(entry["class"]) for entry in rows} <= {0, 1}
         if row["split"] == "test":
-            group = zarr.open_group(manifest.parent / row["image"], mode="r")
-            assert group["0"].shape == (2, 12, 30, 34)
-            assert len(group.attrs["ome"]["multiscales"][0]["axes"]) == 4
+            assert open_volume(manifest.parent / row["image"]).shape == (2, 12, 30, 34)
         else:
             with tifffile.TiffFile(manifest.parent / row["image"]) as file:
                 assert file.series[0].axes == "CZYX"
                 assert file.series[0].shape == (2, 8, 24, 20)
     assert json.loads((manifest.parent / "specimen.json").read_text())["channels"] == 2
+
+
+def test_a_specimen_of_an_earlier_version_is_read_and_reused(tmp_path: Path) -> None:
+    """Then a stack was one level at the root, the manifest had no column synthetic, specimen.json fewer keys."""
+    out = tmp_path / "specimen"
+    manifest = write_specimen(out, seed=7, **SMALL)
+    described = json.loads((out / "specimen.json").read_text())
+    for name in ("unlabelled_volumes", "unlabelled_shape", "annotated_fraction", "stream"):
+        del described[name]
+    (out / "specimen.json").write_text(json.dumps(described, indent=2) + "\n")
+    lines = manifest.read_text().splitlines()
+    assert lines[0].endswith(",synthetic")
+    manifest.write_text("".join(line.rsplit(",", 1)[0] + "\n" for line in lines))
+    for name, voxels in zip(("image", "labels"), make_volume((12, 30, 34), seed=(7, 4)), strict=True):
+        shutil.rmtree(out / "test_0" / f"{name}.zarr")
+        group = zarr.create_group(out / "test_0" / f"{name}.zarr", zarr_format=3)
+        group.create_array("0", data=voxels, chunks=(12, 30, 34))
+        axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"]
+        scale = [{"type": "scale", "scale": [2.0, 0.8, 0.8]}]
+        datasets = [{"path": "0", "coordinateTransformations": scale}]
+        ome = {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
+        group.attrs["ome"] = ome | ({"image-label": {"version": "0.5"}} if name == "labels" else {})
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert write_specimen(out, seed=7, **SMALL) == manifest
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    stack = read_manifest(manifest).rows[3]
+    np.testing.assert_array_equal(stack.open_label().read((0, 0, 0, 12, 30, 34))[0], voxels)
+    with pytest.raises(ValueError, match="different: annotated_fraction"):
+        write_specimen(out, seed=7, annotated_fraction=0.5, **SMALL)
+
+
+def test_volumes_without_labels(tmp_path: Path) -> None:
+    manifest = write_specimen(tmp_path / "a", seed=7, unlabelled_volumes=2, unlabelled_shape=(6, 20, 22), **SMALL)
+    *others, first, second = read_manifest(manifest).rows
+    assert [row.name for row in others] == ["train_0", "train_1", "val_0", "test_0"]
+    for row in (first, second):
+        assert row.label is None
+        assert row.split == "train"
+        assert row.attributes["synthetic"] == 1
+        assert row.open_image().shape == (1, 6, 20, 22)
+    assert first.specimen != second.specimen
+    assert not (manifest.parent / "unlabelled_0" / "labels.tif").exists()
+    # The other volumes are those of a specimen without them.
+    bare = write_specimen(tmp_path / "b", seed=7, **SMALL).parent
+    for name in ("train_0/image.tif", "train_1/labels.tif", "val_0/image.tif"):
+        assert (bare / name).read_bytes() == (manifest.parent / name).read_bytes()
+    alone = write_specimen(
+        tmp_path / "c", train_volumes=0, val_volumes=0, test_volumes=0, unlabelled_volumes=1, train_shape=(4, 9, 8)
+    )
+    assert [row.label for row in read_manifest(alone).rows] == [None]
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.3, 0.7])
+def test_partly_annotated_labels(fraction: float) -> None:
+    _, labels = make_volume((20, 64, 50), seed=4)
+    rng = np.random.default_rng(1)
+    found, kept = synthetic.annotate_partly(labels, fraction, rng)
+    ignore = np.iinfo(np.uint32).max
+    assert sorted(set(np.unique(found)) - {0, ignore}) == list(range(1, len(kept) + 1))
+    known = found != ignore
+    assert set(np.unique(labels[known & (found == 0)])) <= {0}  # background is background
+    for number, before in enumerate(kept, start=1):
+        np.testing.assert_array_equal(found == number, labels == before)  # whole, though it leaves the box
+    background = np.argwhere(found == 0)
+    low, high = background.min(axis=0), background.max(axis=0) + 1
+    assert np.prod(high - low) <= np.prod(np.rint(np.array(labels.shape) * fraction ** (1 / 3)) + 1)
+    outside = np.ones(labels.shape, bool)
+    outside[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = False
+    assert (found[outside] != 0).all()
+    again, _ = synthetic.annotate_partly(labels, fraction, np.random.default_rng(1))
+    np.testing.assert_array_equal(found, again)
+
+
+def test_partly_annotated_volumes_are_those_for_training_only(tmp_path: Path) -> None:
+    # Two classes: the table of classes follows the ids that are left.
+    nuclei = NucleiModel(density=6e-4, diameter_um=(6.0, 8.0))
+    options = {"seed": 7, "train_shape": (16, 60, 50), "train_volumes": 1, "test_shape": (8, 30, 34), "nuclei": nuclei}
+    partial = write_specimen(tmp_path / "a", annotated_fraction=0.4, num_classes=2, **options)  # type: ignore[arg-type]
+    whole = write_specimen(tmp_path / "b", num_classes=2, **options)  # type: ignore[arg-type]
+    for name in ("train_0/image.tif", "val_0/labels.tif", "val_0/classes.csv"):
+        assert (partial.parent / name).read_bytes() == (whole.parent / name).read_bytes()
+    first, all_of_it = (read_manifest(manifest).rows[0] for manifest in (partial, whole))
+    some, every = (row.open_label().read((0, 0, 0, 16, 60, 50))[0] for row in (first, all_of_it))
+    ignore = np.iinfo(np.uint32).max
+    assert 0.3 < (some == ignore).mean() < 0.7
+    ids = sorted(set(np.unique(some)) - {0, ignore})
+    assert 0 < len(ids) == first.attributes["nuclei"] < all_of_it.attributes["nuclei"]
+    assert isinstance(first.classes, dict)
+    assert isinstance(all_of_it.classes, dict)
+    assert sorted(first.classes) == ids
+    for number in ids:
+        (before,) = np.unique(every[some == number])
+        assert first.classes[number] == all_of_it.classes[before]
+
+
+def test_a_stack_that_is_made_by_the_plane_goes_on_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"seed": 7, "train_volumes": 0, "val_volumes": 0, "test_shape": (30, 40, 34), "stream": True}
+    whole = write_specimen(tmp_path / "whole", **options)  # type: ignore[arg-type]
+    calls: list[Path] = []
+
+    def break_at_the_labels(image: object, output: Path, **rest: object) -> object:
+        calls.append(output)
+        if rest:
+            raise KeyboardInterrupt
+        return convert_volume(image, output)
+
+    monkeypatch.setattr(synthetic, "convert_volume", break_at_the_labels)
+    with pytest.raises(KeyboardInterrupt):
+        write_specimen(tmp_path / "cut", **options)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    image = tmp_path / "cut" / ".partial-test_0" / "image.zarr"
+    written = {path: path.stat().st_mtime_ns for path in image.rglob("*") if path.is_file()}
+    manifest = write_specimen(tmp_path / "cut", **options)  # type: ignore[arg-type]
+    assert manifest.read_bytes() == whole.read_bytes()
+    moved = tmp_path / "cut" / "test_0" / "image.zarr"
+    assert {moved / path.relative_to(image): time for path, time in written.items()} == {
+        path: path.stat().st_mtime_ns for path in moved.rglob("*") if path.is_file()
+    }
+    (row,) = read_manifest(manifest).rows
+    labels = row.open_label().read((0, 0, 0, 30, 40, 34))
+    np.testing.assert_array_equal(np.unique(labels), np.arange(row.attributes["nuclei"] + 1))
+    np.testing.assert_array_equal(labels[0], make_volume((30, 40, 34), seed=(7, 1))[1])
+    with pytest.raises(ValueError, match="different: stream"):
+        write_specimen(tmp_path / "cut", **(options | {"stream": False}))  # type: ignore[arg-type]
