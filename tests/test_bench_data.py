@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seg3d_monai.data import CropIndex, build_index, read_manifest
+from seg3d_monai.data import CropIndex, build_index, open_volume, read_manifest
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -91,6 +91,45 @@ def test_variables_are_put_back(monkeypatch):
         assert (os.environ["BENCH_A"], os.environ["BENCH_B"]) == ("new", "1")
     assert os.environ["BENCH_A"] == "old"
     assert "BENCH_B" not in os.environ
+
+
+def test_conversions_take_turns_and_leave_nothing(tmp_path, monkeypatch):
+    from concurrent.futures import Future
+
+    from bench.data import convert, report
+    from bench.data.options import Options
+
+    calls = []
+
+    class Here:
+        """An executor of this process."""
+
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, work, stack, output, num_workers):
+            calls.append((stack.suffix, num_workers))
+            assert not output.exists()
+            future = Future()
+            future.set_result(work(stack, output, num_workers))
+            assert open_volume(output).shape == (1, *convert.QUICK_SHAPE)
+            return future
+
+    monkeypatch.setattr(convert, "ProcessPoolExecutor", Here)
+    rows = convert.measure(Options(folder=tmp_path, threads=1, is_quick=True))
+    assert calls == [(suffix, number) for suffix in (".zarr", ".tif") for number in (1, 2, 2, 1)]
+    assert sorted(path.name for path in (tmp_path / "convert").iterdir()) == ["stack.tif", "stack.zarr"]
+    assert [row["gigabytes"] for row in rows] == [2 * 32 * 128 * 128 / 1e9] * 2
+    known = {"format": "TIFF", "gigabytes": 0.5, "one_s": [4.0, 6.0], "two_s": [2.5, 2.5], "speed_up": 2.0}
+    assert report.convert_table([known]).splitlines()[-1].split() == [
+        *("TIFF", "0.50", "GB", "4.0", "6.0", "2.5", "2.5", "100", "2.00x")
+    ]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what a process shares")

@@ -13,10 +13,10 @@ from bench.data.options import Options
 from bench.door import measure_sections, new_result, refuse, section_parser
 
 SCRIPT = "bench_data"
-SECTIONS = ("build", "crops", "reads", "samples", "loader_memory")
+SECTIONS = ("build", "crops", "reads", "samples", "loader_memory", "convert")
 DESCRIPTION = (
     "Measures the data layer: building a crop index against only reading its labels, an index of ten million crops, "
-    "crops read from disk, training samples, and the memory of a loader's worker."
+    "crops read from disk, training samples, the memory of a loader's worker, and converting a stack by threads."
 )
 
 

@@ -12,6 +12,7 @@ TITLES = {
     "reads": "Crops read from disk",
     "samples": "Training samples",
     "loader_memory": "Memory of a loader's worker",
+    "convert": "Converting a stack to OME-Zarr",
 }
 
 
@@ -23,6 +24,7 @@ def text(result: dict[str, Any]) -> str:
         "reads": reads_table,
         "samples": samples_table,
         "loader_memory": loader_memory_table,
+        "convert": convert_table,
     }
     # The operators' report without any of its sections is the head that all have.
     parts = [report.text({**result, **{section: [] for section in report.SECTIONS}})]
@@ -113,6 +115,17 @@ def loader_memory_table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return report.table(lines, ["volume", "crops", "peak MB", "resident MB", ""])
+
+
+def convert_table(rows: Sequence[Row]) -> str:
+    """Seconds of each turn, and megabytes a second of one thread."""
+    lines = [
+        [row["format"], f"{row['gigabytes']:.2f} GB"]
+        + [" ".join(f"{seconds:,.1f}" for seconds in row[key]) for key in ("one_s", "two_s")]
+        + [f"{1e3 * row['gigabytes'] * len(row['one_s']) / sum(row['one_s']):,.0f}", f"{row['speed_up']:.2f}x", ""]
+        for row in rows
+    ]
+    return report.table(lines, ["from", "", "1 thread s", "2 threads s", "MB / s of one", "2 / 1", ""])
 
 
 def bars_table(rows: Sequence[Row]) -> str:
