@@ -24,7 +24,7 @@ COARSE = 3.0
 DEBRIS, MOST_DEBRIS = 0.1, 0.1
 """Share of the median object's voxels below which an object may be debris (it is less than half as wide), and the share
 of the objects up to which it is; more of them are a kind of cell."""
-CONTEXT, MARGIN = 4.0, 1.5
+CONTEXT, MARGIN = 3.5, 1.5
 """Median and large objects that a crop holds along an axis, at least."""
 LEAST_OBJECTS, MOST_CROPS = 8, 8
 """Objects that a step sees at least, and crops of a step at most."""

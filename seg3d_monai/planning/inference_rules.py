@@ -9,71 +9,58 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import ceil, prod
 
-import numpy as np
-
-from seg3d_monai.planning.wording import by, memory_text, number
+from seg3d_monai.planning.wording import by, number
 
 Triple = tuple[int, int, int]
 
-MOST_OVERHEAD = 2.5
-"""Voxels that a block reads for each that it owns; a block that needs fewer is large enough."""
+HALO_STEP = 4
+"""What a halo is a multiple of: no more exact than the objects' extents are."""
 
 
-def halo(large: Sequence[float], strides: Sequence[int]) -> tuple[Triple, str]:
+def halo(large: Sequence[float]) -> tuple[Triple, str]:
     """Voxels that a block reads beyond what it owns, (z, y, x).
 
     Args:
         large: (z, y, x) extent of the large objects, voxels.
-        strides: of the coarsest level.
     """
-    z, y, x = (step * max(1, ceil(extent / step)) for extent, step in zip(large, strides, strict=True))
+    z, y, x = (HALO_STEP * max(1, ceil(extent / HALO_STEP)) for extent in large)
     return (z, y, x), (
-        f"a large object ({by(large)}), so that each block that owns a part of one sees all of it; longer ones, up to "
-        "twice as long, are seen whole by one block. Multiples of the coarsest stride: cells of neighbours coincide"
+        f"a large object ({by(large)}), so that each block that owns a part of one sees all of it; those up to twice "
+        "as long are seen whole by one block"
     )
 
 
 def block_size(
-    halo: Sequence[int],
-    crop: Sequence[int],
-    strides: Sequence[int],
-    fits: Callable[[Triple], bool],
-    takes: Callable[[Triple], float],
-    limit: str,
+    crop: Triple, halo: Sequence[int], strides: Sequence[int], fits: Callable[[Triple], bool], limit: str
 ) -> tuple[Triple, str]:
     """Voxels that a block owns, (z, y, x).
 
     Args:
+        crop: of the training.
         halo: of the blocks.
-        crop: of the training: a block reads no less, if that fits.
-        strides: of the coarsest level; blocks are multiples.
+        strides: of the coarsest level.
         fits: whether a block may read so many voxels along each axis.
-        takes: bytes that a block of so many voxels takes.
-        limit: in words, where it does not fit.
+        limit: in words, what is full where it does not fit.
     """
-    steps, beyond = np.array(strides), 2 * np.array(halo)
-    owned = np.maximum(1, np.ceil((np.array(crop) - beyond) / steps)).astype(int) * steps
-    while not fits(_triple(owned + beyond)) and (owned > steps).any():
-        axis = int(np.argmax(owned / steps))
-        owned[axis] -= steps[axis]
-    while overhead(owned, halo) > MOST_OVERHEAD:
-        order = np.argsort(-beyond / owned, kind="stable")
-        larger = (owned + steps * (np.arange(3) == axis) for axis in order)
-        grown = next((size for size in larger if fits(_triple(size + beyond))), None)
-        if grown is None:
-            break
-        owned = grown
-    return _triple(owned), (
-        f"large enough that a block reads {number(MOST_OVERHEAD)} voxels for each that it owns, or until {limit}; "
-        f"this one reads {number(overhead(owned, halo))} and takes {memory_text(takes(_triple(owned + beyond)))}"
+    owned = crop
+    while not fits(read_size(owned, halo)) and any(n > s for n, s in zip(owned, strides, strict=True)):
+        axis = max(range(3), key=lambda a: owned[a] / strides[a])
+        shorter = [max(1, n - strides[a]) if a == axis else n for a, n in enumerate(owned)]
+        owned = (shorter[0], shorter[1], shorter[2])
+    size = "as much as a crop holds" if owned == crop else f"less than a crop holds, since {limit}"
+    return owned, (
+        f"{size}: with its halo a block shows about what was trained on, and norms over a whole image depend on how "
+        f"much there is to see. It reads {number(overhead(owned, halo))} voxels for each that it owns; larger blocks "
+        "are faster"
     )
+
+
+def read_size(owned: Sequence[int], halo: Sequence[int]) -> Triple:
+    """Voxels that a block reads along (z, y, x)."""
+    z, y, x = (n + 2 * h for n, h in zip(owned, halo, strict=True))
+    return z, y, x
 
 
 def overhead(owned: Sequence[int], halo: Sequence[int]) -> float:
     """Voxels that a block reads for each that it owns."""
-    return float(prod(1 + 2 * h / n for n, h in zip(owned, halo, strict=True)))
-
-
-def _triple(size: np.ndarray) -> Triple:
-    z, y, x = (int(n) for n in size)
-    return z, y, x
+    return prod(read_size(owned, halo)) / prod(owned)

@@ -31,7 +31,7 @@ QUERIES_PER_OBJECT, FEWEST_QUERIES, QUERY_STEP = 5.0, 100, 50
 what their number is a multiple of."""
 IMAGE_VOXELS = 5_000_000
 """Voxels of an image that the limits of proposals and detections are meant for (`MaskRCNN3d`)."""
-PER_OBJECT = {"detections": 2, "proposals": 5, "anchors": 20, "samples": 4}
+PER_OBJECT = {"detections": 2, "proposals": 5, "anchors": 20, "samples": 2}
 """What is kept for each object at least."""
 MOST_SAMPLES = 512
 

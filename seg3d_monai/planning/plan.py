@@ -86,7 +86,7 @@ class _Planner:
         self._fit_crop(model)
         self._network()
         batch = self._batch(model)
-        overhead = self._blocks(model)
+        read = self._blocks(model)
         values = self.choices.values
         self.bundle.check(values)
         visible, whole = self.counts.visible, self.counts.whole
@@ -100,7 +100,7 @@ class _Planner:
                 f"{number(self.crowded)}.",
                 f"The tensors of a training step take {memory_text(model.training(self.crop, batch))} of "
                 f"{memory_text(self.memory)}.",
-                f"A block of a prediction reads {number(overhead)} voxels for each that it owns.",
+                f"A block of a prediction reads {by(read)} voxels and takes {memory_text(model.prediction(read))}.",
             ),
         )
 
@@ -247,9 +247,9 @@ class _Planner:
             reason = f"memory holds no more crops; {wanted} would be better"
         return int(self.choose("batch_size", lambda: (fitting, reason)))
 
-    def _blocks(self, model: MemoryModel) -> float:
-        """Halo and block size; returns how many voxels are read for each that is owned."""
-        halo = self.choose("halo", inference_rules.halo, self.large, self.coarsest)
+    def _blocks(self, model: MemoryModel) -> Triple:
+        """Halo and block size; returns what a block reads."""
+        halo = self.choose("halo", inference_rules.halo, self.large)
         queries = self.choices.values.get("num_queries")
 
         def fits(read: Triple) -> bool:
@@ -257,7 +257,5 @@ class _Planner:
             return model.prediction(read) <= self.memory and not is_crowded
 
         limit = "memory is full" if queries is None else "memory or queries are full"
-        block = self.choose(
-            "block_size", inference_rules.block_size, halo, self.crop, self.coarsest, fits, model.prediction, limit
-        )
-        return inference_rules.overhead(block, halo)
+        block = self.choose("block_size", inference_rules.block_size, self.crop, halo, self.coarsest, fits, limit)
+        return inference_rules.read_size(block, halo)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "KB"))
 
 
 def by(numbers: Iterable[float]) -> str:
@@ -24,7 +24,7 @@ def number(value: float) -> str:
 
 
 def memory_text(num_bytes: float) -> str:
-    """1.5 GiB."""
+    """1.5 GB."""
     for size, unit in UNITS:
         if num_bytes >= size:
             return f"{number(num_bytes / size)} {unit}"

@@ -29,7 +29,7 @@ def write_plans(
     output: str | os.PathLike[str],
     bundles: Sequence[tuple[Path, Sequence[str]]],
     *,
-    memory: str | float = "8GiB",
+    memory: str | float = "8GB",
     given: Mapping[str, Any] | None = None,
     restart: bool = False,
     report: Callable[[str], None] = print,
@@ -42,7 +42,7 @@ def write_plans(
         db: the crop index.
         output: folder to write; made if missing.
         bundles: folder of each bundle, and overlay files that it is planned on top of.
-        memory: bytes, or text such as "8GiB", that the tensors of a training or a prediction may take.
+        memory: bytes, or text such as "8GB", that the tensors of a training or a prediction may take.
         given: keys of the bundles' configurations that the user has decided, and their values.
         restart: write over plans that are there and differ.
         report: told what was planned, in short.
@@ -62,7 +62,7 @@ def write_plans(
     try:
         limit = read_memory_limit(memory) or 0
     except ValueError:
-        raise ValueError(f'memory={memory!r} is no amount of memory; give bytes, or text such as "8GiB"') from None
+        raise ValueError(f'memory={memory!r} is no amount of memory; give bytes, or text such as "8GB"') from None
     configs = [BundleConfig(folder, overlays) for folder, overlays in bundles]
     _check_keys(given, configs)
     fingerprint = take_fingerprint(CropIndex(db))

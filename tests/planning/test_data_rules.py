@@ -66,14 +66,17 @@ def test_smallest_mask_of_tiny_objects_is_a_voxel():
 
 
 def test_crop_by_hand():
-    # 4 * (14, 18, 17) = (56, 72, 68); y and x are made equal: 72 -> 80 in steps of 16; 51 planes give 48 in steps of 8.
+    # 3.5 * (14, 18, 17) = (49, 63, 59.5); y and x are made equal: 63 -> 64 in steps of 16, 49 -> 48 in steps of 8.
     size, reason = rules.crop_size((14, 18, 17), (21, 25, 23), (51, 128, 127), (8, 16, 16), True)
-    assert size == (48, 80, 80)
-    assert "not more than the median volume" in reason
+    assert size == (48, 64, 64)
+    assert "not more than" not in reason
+    size, reason = rules.crop_size((14, 18, 17), (21, 25, 23), (43, 128, 127), (8, 16, 16), True)
+    assert size == (40, 64, 64)
+    assert "not more than the median volume (43 x 128 x 127) has" in reason
     # Large objects decide: 1.5 * 60 = 90 -> 96.
     assert rules.crop_size((10, 10, 10), (60, 60, 60), (500, 500, 500), (8, 16, 16), True)[0] == (88, 96, 96)
     # Voxels longer along x: y and x are free.
-    assert rules.crop_size((8, 30, 10), (8, 30, 10), (500, 500, 500), (8, 16, 16), False)[0] == (32, 128, 48)
+    assert rules.crop_size((8, 30, 10), (8, 30, 10), (500, 500, 500), (8, 16, 16), False)[0] == (32, 112, 32)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +84,8 @@ def test_crop_by_hand():
     [
         ((1, 64, 64), (1, 64, 64)),  # one plane
         ((3, 64, 64), (2, 64, 64)),
-        ((40, 20, 64), (40, 16, 16)),  # squares fit the shorter of the two
-        ((40, 9, 9), (40, 8, 8)),
+        ((40, 20, 64), (32, 16, 16)),  # squares fit the shorter of the two
+        ((40, 9, 9), (32, 8, 8)),
     ],
 )
 def test_crop_of_thin_and_small_volumes(volume, expected):

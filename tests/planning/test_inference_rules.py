@@ -10,36 +10,36 @@ STRIDES = (8, 16, 16)
 
 
 @pytest.mark.parametrize(
-    ("large", "expected"), [((21, 25, 23), (24, 32, 32)), ((24, 32, 33), (24, 32, 48)), ((1, 1, 1), (8, 16, 16))]
+    ("large", "expected"), [((21, 25, 23.2), (24, 28, 24)), ((24, 32, 33), (24, 32, 36)), ((1, 0.5, 4), (4, 4, 4))]
 )
 def test_a_halo_is_as_long_as_a_large_object(large, expected):
-    assert rules.halo(large, STRIDES)[0] == expected
+    assert rules.halo(large)[0] == expected
 
 
-def grown(halo, crop, most_voxels):
-    return rules.block_size(halo, crop, STRIDES, lambda read: prod(read) <= most_voxels, lambda _: 2**30, "full")
+def blocks_of(most_voxels, crop=(48, 80, 80), halo=(8, 16, 16)):
+    return rules.block_size(crop, halo, STRIDES, lambda read: prod(read) <= most_voxels, "memory is full")
 
 
-def test_a_block_grows_until_its_halo_is_cheap():
-    block, reason = grown((8, 16, 16), (48, 80, 80), 1e12)
-    assert all(n % s == 0 for n, s in zip(block, STRIDES, strict=True))
-    assert rules.overhead(block, (8, 16, 16)) <= rules.MOST_OVERHEAD
-    for axis in range(3):  # and no further than that
-        less = [n - s * (a == axis) for a, (n, s) in enumerate(zip(block, STRIDES, strict=True))]
-        assert min(less) == 0 or rules.overhead(less, (8, 16, 16)) > rules.MOST_OVERHEAD * 0.9
-    assert "1 GiB" in reason
+def test_a_block_owns_a_crop():
+    block, reason = blocks_of(1e9)
+    assert block == (48, 80, 80)
+    assert "as much as a crop holds" in reason
+    assert f"reads {64 * 112 * 112 / (48 * 80 * 80):.2f} voxels" in reason
 
 
-def test_memory_ends_the_growth():
-    block, _ = grown((8, 16, 16), (48, 80, 80), 64 * 96 * 96)
-    assert prod(n + 2 * h for n, h in zip(block, (8, 16, 16), strict=True)) <= 64 * 96 * 96
-    assert rules.overhead(block, (8, 16, 16)) > rules.MOST_OVERHEAD
+def test_less_where_that_does_not_fit():
+    # (48, 80, 80) reads 64 * 112 * 112; z has six strides, y and x five: z goes first, then all have five.
+    assert blocks_of(64 * 112 * 112 - 1)[0] == (40, 80, 80)
+    assert blocks_of(56 * 112 * 112 - 1)[0] == (32, 80, 80)
+    assert blocks_of(48 * 112 * 112 - 1)[0] == (32, 64, 80)
+    assert "less than a crop holds, since memory is full" in blocks_of(56 * 112 * 112 - 1)[1]
 
 
-def test_with_little_memory_a_block_reads_less_than_a_crop_and_at_worst_owns_one_stride():
-    assert grown((8, 16, 16), (96, 160, 160), 64 * 96 * 96)[0] != (80, 128, 128)
-    assert grown((8, 16, 16), (96, 160, 160), 1)[0] == STRIDES
+def test_a_stride_is_the_least_that_a_block_owns():
+    assert blocks_of(0)[0] == STRIDES
+    assert blocks_of(0, crop=(1, 64, 64))[0] == (1, 16, 16)
 
 
-def test_overhead_by_hand():
+def test_what_is_read_by_hand():
+    assert rules.read_size((16, 32, 64), (8, 16, 0)) == (32, 64, 64)
     assert rules.overhead((16, 32, 64), (8, 16, 0)) == 4

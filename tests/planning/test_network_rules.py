@@ -84,7 +84,7 @@ def test_limits_grow_with_the_objects_and_never_fall():
     assert rules.kept_boxes("proposals", 0, 0, (500, 5000))[0] == (500, 5000)
 
 
-@pytest.mark.parametrize(("crowded", "expected"), [(0, 128), (32, 128), (33, 192), (60, 256), (10_000, 512)])
+@pytest.mark.parametrize(("crowded", "expected"), [(0, 128), (64, 128), (65, 192), (128, 256), (10_000, 512)])
 def test_num_samples(crowded, expected):
     assert rules.num_samples(crowded, 128)[0] == expected
     assert rules.num_samples(crowded, 600)[0] == 600

@@ -7,12 +7,13 @@ import pytest
 from monai.bundle import ConfigParser
 from planning_toys import rows_of_boxes, volume_facts, write_index
 
+from seg3d_monai.cli import main
 from seg3d_monai.planning import BundleConfig, plan_bundle, take_fingerprint, write_plans
 from seg3d_monai.planning.choices import GIVEN
 
 ROOT = Path(__file__).parents[2]
 BUNDLES = ["maskrcnn3d", "maskdino3d", "mask2former3d"]
-GIB = 2**30
+GB = 10**9
 SHAPE, EXTENT = (20, 48, 56), (3, 9, 8)  # six rows of 12: extents of few planes
 
 
@@ -39,7 +40,7 @@ def fingerprint(index):
 
 @pytest.fixture(scope="module")
 def plans(fingerprint):
-    return {name: plan_bundle(fingerprint, config(name), 8 * GIB, {}) for name in BUNDLES}
+    return {name: plan_bundle(fingerprint, config(name), 8 * GB, {}) for name in BUNDLES}
 
 
 def test_a_plan_of_thin_objects(plans):
@@ -88,7 +89,7 @@ def test_transformers_get_queries_and_no_anchors(plans):
 
 def test_what_is_given_wins_and_the_rest_follows(fingerprint, plans):
     given = {"crop_size": [8, 32, 32], "network_def#anchor_levels": ["p1"], "network_def#box_hidden": 32}
-    plan = plan_bundle(fingerprint, config(), 8 * GIB, given)
+    plan = plan_bundle(fingerprint, config(), 8 * GB, given)
     assert decision(plan, "crop_size").value == [8, 32, 32]
     assert decision(plan, "crop_size").reason == GIVEN
     assert len(decision(plan, "network_def#anchor_shapes").value) == 1  # one level, as many anchors
@@ -100,15 +101,15 @@ def test_what_is_given_wins_and_the_rest_follows(fingerprint, plans):
 
 def test_memory_makes_crops_smaller_and_says_what_one_object_needs(fingerprint):
     given = {"train#trainer#max_epochs": 1}
-    with pytest.raises(ValueError, match=r"memory=1 MiB is too small: .* takes [\d.]+ MiB; give that much") as refused:
-        plan_bundle(fingerprint, config(), 2**20, given)
+    with pytest.raises(ValueError, match=r"memory=1 MB is too small: .* takes [\d.]+ MB; give that much") as refused:
+        plan_bundle(fingerprint, config(), 10**6, given)
     words = str(refused.value).split()
     needed = float(words[words.index("takes") + 1])
-    plan = plan_bundle(fingerprint, config(), round((needed + 1) * 2**20), given)
+    plan = plan_bundle(fingerprint, config(), round((needed + 1) * 10**6), given)
     assert decision(plan, "batch_size").value == 1
     assert "memory holds no more" in decision(plan, "crop_size").reason
     with pytest.raises(ValueError, match="as given"):
-        plan_bundle(fingerprint, config(), round((needed + 1) * 2**20), {"crop_size": [16, 48, 48]})
+        plan_bundle(fingerprint, config(), round((needed + 1) * 10**6), {"crop_size": [16, 48, 48]})
 
 
 def test_volumes_of_two_voxel_sizes_meet_at_the_median(tmp_path):
@@ -117,12 +118,12 @@ def test_volumes_of_two_voxel_sizes_meet_at_the_median(tmp_path):
     volumes = {"a": (SHAPE, coarse), "b": (SHAPE, coarse), "c": ((20, 96, 112), fine)}
     index = write_index(tmp_path, volumes, spacings=[(2, 1, 1), (2, 1, 1), (2, 0.5, 0.5)])
     fingerprint = take_fingerprint(index)
-    plan = plan_bundle(fingerprint, config(), 8 * GIB, {})
+    plan = plan_bundle(fingerprint, config(), 8 * GB, {})
     assert plan.train["target_spacing_um"] == [2, 1, 1]
     assert "target_spacing_um" not in plan.inference  # the checkpoint says it
     anchors = decision(plan, "network_def#anchor_shapes").value
     assert list(map(float, EXTENT)) in [shape for level in anchors for shape in level]
-    finer = plan_bundle(fingerprint, config(), 8 * GIB, {"target_spacing_um": [2, 0.5, 0.5]})
+    finer = plan_bundle(fingerprint, config(), 8 * GB, {"target_spacing_um": [2, 0.5, 0.5]})
     shapes = [shape for level in decision(finer, "network_def#anchor_shapes").value for shape in level]
     assert [3, 18, 16] in shapes
 
@@ -130,10 +131,10 @@ def test_volumes_of_two_voxel_sizes_meet_at_the_median(tmp_path):
 def test_without_voxel_sizes_all_is_in_voxels(tmp_path):
     index = write_index(tmp_path, {"a": (SHAPE, rows_of_boxes(SHAPE, EXTENT))}, spacings=[None])
     fingerprint = take_fingerprint(index)
-    plan = plan_bundle(fingerprint, config(), 8 * GIB, {})
+    plan = plan_bundle(fingerprint, config(), 8 * GB, {})
     assert "planned in voxels" in decision(plan, "target_spacing_um").reason
     with pytest.raises(ValueError, match="a do not say their voxel size; give it in the manifest's columns"):
-        plan_bundle(fingerprint, config(), 8 * GIB, {"target_spacing_um": [2, 1, 1]})
+        plan_bundle(fingerprint, config(), 8 * GB, {"target_spacing_um": [2, 1, 1]})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_without_voxel_sizes_all_is_in_voxels(tmp_path):
 )
 def test_odd_volumes_can_be_planned(tmp_path, shape, boxes):
     index = write_index(tmp_path, {"a": (shape, boxes)})
-    plan = plan_bundle(take_fingerprint(index), config(), 8 * GIB, {})
+    plan = plan_bundle(take_fingerprint(index), config(), 8 * GB, {})
     assert all(n <= max(whole, 1) for n, whole in zip(decision(plan, "crop_size").value, shape, strict=True))
 
 
@@ -155,7 +156,7 @@ def test_channels_must_agree(fingerprint):
 
     mixed = replace(fingerprint, volumes=(fingerprint.volumes[0], volume_facts("c", SHAPE, channels=2, num_objects=1)))
     with pytest.raises(ValueError, match="1 and 2 channels"):
-        plan_bundle(mixed, config(), 8 * GIB, {})
+        plan_bundle(mixed, config(), 8 * GB, {})
 
 
 def test_a_plan_on_top_of_an_overlay(fingerprint, tmp_path):
@@ -163,7 +164,7 @@ def test_a_plan_on_top_of_an_overlay(fingerprint, tmp_path):
     overlay.write_text(json.dumps({"network_def#fpn_channels": 16, "backbone#width": 8, "max_minutes": 1}))
     bundle = config(overlays=[str(overlay)])
     assert bundle.get("network_def#fpn_channels") == 16
-    plan = plan_bundle(fingerprint, bundle, 8 * GIB, {})
+    plan = plan_bundle(fingerprint, bundle, 8 * GB, {})
     assert "network_def#fpn_channels" not in plan.train
 
 
@@ -215,3 +216,23 @@ def test_no_index_no_bundle_and_no_amount(tmp_path):
         write_plans(tmp_path / "none.sqlite", tmp_path, [(tmp_path, [])])
     with pytest.raises(ValueError, match="memory='much' is no amount of memory"):
         write_plans(tmp_path / "none.sqlite", tmp_path, places, memory="much")
+
+
+def test_the_command_plans_and_names_mistakes(index, tmp_path, capsys):
+    folder = tmp_path / "plan"
+    words = ["plan", str(index.path), "--output", str(folder), "--bundle", "maskdino3d", "--crop_size", "[8,32,32]"]
+    assert main([*words, "--num_queries", "150", "--memory", "4GB"]) == 0
+    shown = capsys.readouterr().out
+    assert "maskdino3d: " in shown
+    overlay = json.loads((folder / "maskdino3d_train.json").read_text())
+    assert (overlay["crop_size"], overlay["num_queries"]) == ([8, 32, 32], 150)
+    assert main([*words, "--num_queries", "150", "--memory", "4GB"]) == 0  # the same plan is there
+    for flags, message in [
+        (["--bundle", "maskrcn3d"], "bundle 'maskrcn3d' does not exist"),
+        (["--crop_sise", "[8,32,32]"], "did you mean crop_size?"),
+        (["--memory", "1MB"], "give that much"),
+        (["--batch_size", "two"], "--batch_size = 'two' is not an integer"),
+    ]:
+        assert main(["plan", str(index.path), "--output", str(tmp_path / "no"), *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
