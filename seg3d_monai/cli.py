@@ -139,7 +139,7 @@ def plan(
     output: str = "plan",
     bundle: str = "all",
     overlay: str | None = None,
-    memory: str = "8GiB",
+    memory: str = "8GB",
     target_spacing: list[float] | None = None,
     crop_size: list[int] | None = None,
     batch_size: int | None = None,
