@@ -75,9 +75,13 @@ def test_bars_met_and_missed():
         "reads": [reads],
         "samples": [{"augmentation": "default", "ratio": 5.1}],
         "loader_memory": [{"gigabytes": 4.3, "peak_mb": 499.0}],
+        "plan": [
+            {"data": "a", "plan_s": 59.0, "minutes": 10.0, "planned_over_hand": 0.99},
+            {"data": "b", "plan_s": 60.0, "minutes": 0.0},
+        ],
     }
     rows = list(verdicts(result))
-    expected = [True, False, False, True, True, False, None, False, True, True, True]
+    expected = [True, False, False, True, True, False, None, False, True, True, True, True, False, False]
     assert [row["met"] for row in rows] == expected
     endings = [text.split("  ")[-1].strip() for text in bars_table(rows).splitlines()[2:]]
     assert endings == [{True: "yes", False: "NO", None: "not measured"}[met] for met in expected]

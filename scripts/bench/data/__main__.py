@@ -13,10 +13,11 @@ from bench.data.options import Options
 from bench.door import measure_sections, new_result, refuse, section_parser
 
 SCRIPT = "bench_data"
-SECTIONS = ("build", "crops", "reads", "samples", "loader_memory", "convert")
+SECTIONS = ("build", "crops", "reads", "samples", "loader_memory", "convert", "plan")
 DESCRIPTION = (
     "Measures the data layer: building a crop index against only reading its labels, an index of ten million crops, "
-    "crops read from disk, training samples, the memory of a loader's worker, and converting a stack by threads."
+    "crops read from disk, training samples, the memory of a loader's worker, converting a stack by threads, and a "
+    "plan made from data."
 )
 
 
@@ -25,7 +26,27 @@ def parse_arguments() -> argparse.Namespace:
     parser = section_parser(SCRIPT, DESCRIPTION, SECTIONS)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch, default 1")
     parser.add_argument("--folder", metavar="DIR", type=Path, help="where volumes are written, default a temporary one")
+    parser.add_argument(
+        "--dataset_dir", metavar="DIR", type=Path, help="data to plan for, default a synthetic specimen"
+    )
+    parser.add_argument(
+        "--plan_minutes",
+        type=float,
+        default=0.0,
+        help="also train so long with the plan, and so long with settings by hand, default 0: not at all",
+    )
+    parser.add_argument(
+        "--hand_overlays",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="overlays of maskrcnn3d with these settings and the split of the data, default the bundle's own settings",
+    )
     arguments = parser.parse_args()
+    if arguments.plan_minutes < 0:
+        refuse(SCRIPT, "--plan_minutes must not be negative")
+    if arguments.dataset_dir is not None and not arguments.dataset_dir.exists():
+        refuse(SCRIPT, f"--dataset_dir {arguments.dataset_dir} does not exist")
     if arguments.threads < 1:
         refuse(SCRIPT, "--threads must be at least 1")
     if arguments.folder is not None and not arguments.folder.is_dir():
@@ -44,7 +65,14 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("numpy", "zarr", "numcodecs", "tifffile")}
     result = new_result(SCRIPT, SECTIONS, threads=arguments.threads, is_quick=arguments.quick, versions=versions)
     with tempfile.TemporaryDirectory(prefix="bench_data_", dir=arguments.folder) as temporary:
-        options = Options(folder=Path(temporary).absolute(), threads=arguments.threads, is_quick=arguments.quick)
+        options = Options(
+            folder=Path(temporary).absolute(),
+            threads=arguments.threads,
+            is_quick=arguments.quick,
+            dataset_dir=arguments.dataset_dir,
+            plan_minutes=arguments.plan_minutes,
+            hand_overlays=tuple(arguments.hand_overlays),
+        )
         chosen = [section for section in SECTIONS if section in arguments.only]
         measure_sections(result, "bench.data", chosen, options, verdicts, arguments.json)
     print(report.text(result))

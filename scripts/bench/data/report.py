@@ -13,6 +13,7 @@ TITLES = {
     "samples": "Training samples",
     "loader_memory": "Memory of a loader's worker",
     "convert": "Converting a stack to OME-Zarr",
+    "plan": "A plan made from data",
 }
 
 
@@ -25,6 +26,7 @@ def text(result: dict[str, Any]) -> str:
         "samples": samples_table,
         "loader_memory": loader_memory_table,
         "convert": convert_table,
+        "plan": plan_table,
     }
     # The operators' report without any of its sections is the head that all have.
     parts = [report.text({**result, **{section: [] for section in report.SECTIONS}})]
@@ -126,6 +128,20 @@ def convert_table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return report.table(lines, ["from", "", "1 thread s", "2 threads s", "MB / s of one", "2 / 1", ""])
+
+
+def plan_table(rows: Sequence[Row]) -> str:
+    """Seconds of a plan, and what came of trainings."""
+    lines = []
+    for row in rows:
+        about = [row["data"], f"{row['num_volumes']:,}", f"{row['num_objects']:,}", f"{row['plan_s']:.1f}"]
+        runs = [(name, row[name]) for name in ("planned", "hand") if name in row] or [("", None)]
+        for place, (name, run) in enumerate(runs):
+            cells = ["", ""] if run is None else [f"{row['minutes']:g}", f"{run['steps']}"]
+            cells += [report.number(run and run[key], ".3f") for key in ("f1", "precision", "recall", "seg", "map")]
+            lines.append([*(about if place == 0 else [""] * len(about)), name, *cells, ""])
+    head = ["data", "volumes", "objects", "plan s", "training", "minutes", "steps", "F1@0.5", "precision", "recall"]
+    return report.table(lines, [*head, "SEG", "mAP", ""])
 
 
 def bars_table(rows: Sequence[Row]) -> str:
