@@ -19,6 +19,8 @@ SAMPLES_BAR = 5.0
 """Training samples a second, in times of the same over a mask an instance, at least."""
 LOADER_MB_BAR = 500.0
 """Most that a loader's worker may hold."""
+PLAN_S_BAR, PLANNED_BAR = 60.0, 1.0
+"""Most seconds of a plan for all bundles; F1 of a training with it, in times of one with settings by hand, at least."""
 
 
 def verdicts(result: Mapping[str, Sequence[Row]]) -> Iterator[Row]:
@@ -42,6 +44,11 @@ def verdicts(result: Mapping[str, Sequence[Row]]) -> Iterator[Row]:
         yield _at_least(f"samples, {row['augmentation']}", "ours / dense masks", row["ratio"], SAMPLES_BAR)
     for row in result["loader_memory"]:
         yield _below(f"worker, {row['gigabytes']:.1f} GB volume", "peak, MB", row["peak_mb"], LOADER_MB_BAR)
+    for row in result["plan"]:
+        yield _below(f"plan, {row['data']}", "seconds", row["plan_s"], PLAN_S_BAR)
+        if row["minutes"]:
+            work = f"plan, {row['minutes']:g} minutes"
+            yield _at_least(work, "F1 / by hand", row["planned_over_hand"], PLANNED_BAR)
 
 
 def _at_least(work: str, quantity: str, value: float | None, bar: float) -> Row:
