@@ -14,6 +14,7 @@ TITLES = {
     "loader_memory": "Memory of a loader's worker",
     "convert": "Converting a stack to OME-Zarr",
     "plan": "A plan made from data",
+    "annotate": "Annotating what is suggested",
 }
 
 
@@ -27,6 +28,7 @@ def text(result: dict[str, Any]) -> str:
         "loader_memory": loader_memory_table,
         "convert": convert_table,
         "plan": plan_table,
+        "annotate": annotate_table,
     }
     # The operators' report without any of its sections is the head that all have.
     parts = [report.text({**result, **{section: [] for section in report.SECTIONS}})]
@@ -142,6 +144,19 @@ def plan_table(rows: Sequence[Row]) -> str:
             lines.append([*(about if place == 0 else [""] * len(about)), name, *cells, ""])
     head = ["data", "volumes", "objects", "plan s", "training", "minutes", "steps", "F1@0.5", "precision", "recall"]
     return report.table(lines, [*head, "SEG", "mAP", ""])
+
+
+def annotate_table(rows: Sequence[Row]) -> str:
+    """What each way to go on gives on the specimens held back."""
+    lines = [
+        [row["arm"], "" if row["seed"] is None else f"seed {row['seed']}", f"{row['num_labelled']}"]
+        + [f"{row['minutes']:g}", *(report.number(row.get(name), ",.0f") for name in ("num_regions", "num_objects"))]
+        + [f"{row[name]:.3f}" for name in ("f1_50", "f1_70", "seg", "map")]
+        + [f"{row['tp']} / {row['fp']} / {row['fn']}", report.number(row.get("suggest_s"), ".0f"), ""]
+        for row in rows
+    ]
+    head = ["way", "", "volumes", "minutes", "regions", "objects", "F1@0.5", "F1@0.7", "SEG", "mAP", "TP / FP / FN"]
+    return report.table(lines, [*head, "suggest s", ""])
 
 
 def bars_table(rows: Sequence[Row]) -> str:
