@@ -105,7 +105,7 @@ class Fingerprint:
         """Which objects end within their volume; all, where none does."""
         shapes = np.array([volume.shape for volume in self.volumes])[self.volume]
         inside = np.concatenate([self.boxes[:, :3] > 0, self.boxes[:, 3:] < shapes], axis=1)
-        whole: NDArray[np.bool_] = inside.all(axis=1)
+        whole: NDArray[np.bool_] = np.logical_and.reduce(inside, axis=1)
         return whole if whole.any() else np.ones(len(whole), bool)
 
     def scales(self, target_um: Spacing | None) -> Floats:
@@ -118,7 +118,7 @@ class Fingerprint:
             return np.ones((len(self.volumes), 3))
         own = np.array([volume.spacing_um or target_um for volume in self.volumes])
         scales: Floats = own / np.array(target_um)
-        is_near: NDArray[np.bool_] = (np.abs(scales - 1) <= NEAR_SPACING).all(axis=1)
+        is_near: NDArray[np.bool_] = np.logical_and.reduce(np.abs(scales - 1) <= NEAR_SPACING, axis=1)
         return np.where(is_near[:, None], 1.0, scales)
 
     def extents(self, target_um: Spacing | None = None) -> Floats:
