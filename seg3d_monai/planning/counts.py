@@ -49,23 +49,21 @@ def objects_in_regions(
     """
     rng = np.random.default_rng(seed)
     scales = fingerprint.scales(target_um)
-    shapes = fingerprint.shapes(target_um)
-    weights = np.array([max(1, volume.num_objects) * (volume.read_share > 0) for volume in fingerprint.volumes], float)
-    weights *= np.bincount(fingerprint.volume, minlength=len(weights)) > 0
+    weights = np.array([volume.num_objects * (volume.num_read > 0) for volume in fingerprint.volumes], float)
     drawn = rng.choice(len(weights), NUM_REGIONS, p=weights / weights.sum())
     visible, whole = [], []
     for place in np.unique(drawn):
         boxes = fingerprint.boxes[fingerprint.volume == place] * np.tile(scales[place], 2)
         extents = boxes[:, 3:] - boxes[:, :3]
-        inside = np.minimum(size, shapes[place])
-        growth = 1 / fingerprint.volumes[place].read_share
+        low, high = np.reshape(fingerprint.volumes[place].part, (2, 3)) * scales[place]
+        inside = np.minimum(size, high - low)
         for _ in range(int((drawn == place).sum())):
             box = boxes[rng.integers(len(boxes))]
             # Where the region may begin: it holds the object, or lies in it where that is longer.
             ends = np.sort([box[:3], box[3:] - inside], axis=0)
-            start = rng.uniform(*np.clip(ends, 0, shapes[place] - inside))
+            start = rng.uniform(*np.clip(ends, low, high - inside))
             overlap = np.minimum(boxes[:, 3:], start + inside) - np.maximum(boxes[:, :3], start)
             seen = (overlap.clip(0) / extents).prod(axis=1)
-            visible.append(round(growth * int((seen >= LEAST_VISIBLE).sum())))
-            whole.append(round(growth * int((seen > 1 - 1e-9).sum())))
+            visible.append(int((seen >= LEAST_VISIBLE).sum()))
+            whole.append(int((seen > 1 - 1e-9).sum()))
     return Counts(visible=np.array(visible), whole=np.array(whole))

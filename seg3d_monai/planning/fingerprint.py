@@ -1,7 +1,7 @@
 """The fingerprint of a training set: what its index, and samples of its labels, say of volumes and objects.
 
-Only the training split is looked at; what is kept back for validation must not decide anything. Time and memory are
-bounded: of very many volumes, or very many objects of one volume, a regular sample is read.
+Only the training split is looked at; what is kept back for validation must not decide anything. Memory is bounded: of
+very many volumes some are read, and of a volume with very many objects those of a part.
 
 Must not know: rules, bundles, torch.
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from seg3d_monai.data import CropIndex, ManifestRow, VolumeRecord, split_by_specimen
+from seg3d_monai.data import CropIndex, InstanceTable, ManifestRow, VolumeRecord, split_by_specimen
 from seg3d_monai.data.manifest import location
 from seg3d_monai.data.volume import NEAR_SPACING, Spacing
 from seg3d_monai.planning.touching import touching_share
@@ -25,11 +25,12 @@ from seg3d_monai.planning.touching import touching_share
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MOST_VOLUMES, MOST_OBJECTS, OBJECTS_IN_A_ROW = 500, 200_000, 256
-"""Volumes that are read; objects of each; how many neighbours in the index are taken together where there are more."""
+MOST_VOLUMES, MOST_OBJECTS, OBJECTS_AT_ONCE = 500, 1_000_000, 100_000
+"""Volumes that are read; objects of all of them that are kept, about; objects that are read at once."""
 VAL_FRACTION = 0.2
 """What the bundles hold back for validation where neither manifest nor index says."""
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
+COLUMNS = tuple(field.name for field in fields(InstanceTable))
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class VolumeFacts:
         spacing_um: (z, y, x) micrometres per voxel, None where unknown.
         low, high: grey values that the normalisation maps to 0 and 1, one a channel.
         num_objects: all its objects.
-        read_share: share of them that the fingerprint holds, in (0, 1].
-        foreground: share of its voxels that belong to an object.
+        part: (z1, y1, x1, z2, y2, x2) whose objects the fingerprint holds; the whole volume unless they are very many.
+        num_read: objects of the part.
+        foreground: share of the part's voxels that belong to an object.
     """
 
     name: str
@@ -56,8 +58,15 @@ class VolumeFacts:
     low: tuple[float, ...]
     high: tuple[float, ...]
     num_objects: int
-    read_share: float
+    part: tuple[int, int, int, int, int, int]
+    num_read: int
     foreground: float
+
+    @property
+    def part_shape(self) -> tuple[int, int, int]:
+        """(z, y, x) voxels of the part."""
+        z1, y1, x1, z2, y2, x2 = self.part
+        return z2 - z1, y2 - y1, x2 - x1
 
 
 @dataclass(frozen=True)
@@ -102,9 +111,9 @@ class Fingerprint:
 
     @property
     def is_whole(self) -> NDArray[np.bool_]:
-        """Which objects end within their volume; all, where none does."""
-        shapes = np.array([volume.shape for volume in self.volumes])[self.volume]
-        inside = np.concatenate([self.boxes[:, :3] > 0, self.boxes[:, 3:] < shapes], axis=1)
+        """Which objects end within their volume, or the part of it that was read; all, where none does."""
+        parts = np.array([volume.part for volume in self.volumes])[self.volume]
+        inside = np.concatenate([self.boxes[:, :3] > parts[:, :3], self.boxes[:, 3:] < parts[:, 3:]], axis=1)
         whole: NDArray[np.bool_] = np.logical_and.reduce(inside, axis=1)
         return whole if whole.any() else np.ones(len(whole), bool)
 
@@ -135,6 +144,12 @@ class Fingerprint:
         """Extent of every volume, [v, 3] voxels of the target."""
         shapes: Floats = np.array([volume.shape for volume in self.volumes]) * self.scales(target_um)
         return shapes
+
+    def densities(self, target_um: Spacing | None = None) -> Floats:
+        """Objects of each volume in a voxel of the target, [v]."""
+        parts = np.array([volume.part_shape for volume in self.volumes]) * self.scales(target_um)
+        densities: Floats = np.array([volume.num_read for volume in self.volumes]) / parts.prod(axis=1)
+        return densities
 
     def to_json(self) -> dict[str, Any]:
         """Numbers for people and programs; percentiles are those of 0, 5, 25, 50, 75, 95 and 100 %."""
@@ -181,8 +196,7 @@ def take_fingerprint(index: CropIndex, *, touching_seconds: float = 10.0, seed: 
     records = records[::step]
     facts, tables = [], []
     for record in records:
-        table = index.instances(record.id, ids=_sample_of_ids(record.num_instances))
-        share = len(table) / record.num_instances if record.num_instances else 1.0
+        table, part = _objects_of(index, record, MOST_OBJECTS // len(records), seed)
         tables.append(table)
         facts.append(
             VolumeFacts(
@@ -194,8 +208,9 @@ def take_fingerprint(index: CropIndex, *, touching_seconds: float = 10.0, seed: 
                 low=record.intensity.low,
                 high=record.intensity.high,
                 num_objects=record.num_instances,
-                read_share=share,
-                foreground=float(table.voxels.sum()) / share / prod(record.shape[1:]),
+                part=part,
+                num_read=len(table),
+                foreground=min(1.0, float(table.voxels.sum()) / prod(np.subtract(part[3:], part[:3]).tolist())),
             )
         )
     if not sum(map(len, tables)):
@@ -260,13 +275,27 @@ def _row(record: VolumeRecord) -> ManifestRow:
     )
 
 
-def _sample_of_ids(num_objects: int) -> Ints | None:
-    """Ids, from 1, of a regular sample in runs of neighbours; None for all."""
-    if num_objects <= MOST_OBJECTS:
-        return None
-    starts = np.linspace(0, num_objects - OBJECTS_IN_A_ROW, MOST_OBJECTS // OBJECTS_IN_A_ROW).astype(np.int64)
-    ids = (starts // OBJECTS_IN_A_ROW * OBJECTS_IN_A_ROW)[:, None] + np.arange(1, OBJECTS_IN_A_ROW + 1)
-    return np.unique(ids)
+def _objects_of(
+    index: CropIndex, record: VolumeRecord, most: int, seed: int
+) -> tuple[InstanceTable, tuple[int, int, int, int, int, int]]:
+    """The objects of a volume and the region they are from: a part around one of them where they are too many."""
+    shape = np.array(record.shape[1:])
+    if record.num_instances <= most:
+        return index.instances(record.id), (0, 0, 0, *record.shape[1:])
+    chosen = int(np.random.default_rng([seed, record.id]).integers(record.num_instances)) + 1
+    box = index.instances(record.id, ids=[chosen]).boxes[0]
+    extent = np.maximum(1, np.round(shape * (most / record.num_instances) ** (1 / 3))).astype(np.int64)
+    low = np.clip((box[:3] + box[3:] - extent) // 2, 0, shape - extent)
+    parts = []
+    for first in range(1, record.num_instances + 1, OBJECTS_AT_ONCE):
+        last = min(record.num_instances, first + OBJECTS_AT_ONCE - 1)
+        table = index.instances(record.id, ids=np.arange(first, last + 1))
+        middle = (table.boxes[:, :3] + table.boxes[:, 3:]) // 2
+        is_inside = np.logical_and.reduce((middle >= low) & (middle < low + extent), axis=1)
+        parts.append(tuple(getattr(table, name)[is_inside] for name in COLUMNS))
+    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    z, y, x, z2, y2, x2 = (int(n) for n in (*low, *(low + extent)))
+    return InstanceTable(**dict(zip(COLUMNS, columns, strict=True))), (z, y, x, z2, y2, x2)
 
 
 def _quantiles(values: NDArray[Any]) -> list[Any]:

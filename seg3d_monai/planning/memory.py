@@ -22,8 +22,9 @@ from seg3d_monai.planning.live_memory import OPTIMIZER_COPIES, inference_peak, t
 
 Triple = tuple[int, int, int]
 
-MOST_TRIED = 400_000
-"""Voxels of the larger of the two sizes that are tried, at most: more would only take longer."""
+MOST_TRIED, LIGHT = 400_000, 50_000_000
+"""Voxels of the larger of the two sizes that are tried, at most, with a network of so many bytes; a larger one is tried
+on fewer, for it takes longer and more memory."""
 BLOCK_BYTES, CHANNEL_BYTES = 16, 8
 """Bytes a voxel that a prediction takes beside the network: masks and labels; the block as stored and as numbers."""
 
@@ -84,14 +85,15 @@ def measure_memory(
         torch.manual_seed(0)
         network, criterion = bundle.build("network_def", values).train(), bundle.build("loss", values)
         weights = weight_bytes(network)
+        sizes = _two_sizes(crop_size, round(MOST_TRIED * min(1.0, LIGHT / weights)))
         steps, blocks = [], []
-        for size in _two_sizes(crop_size):
+        for size in sizes:
             count = max(1, round(objects * prod(size) / prod(crop_size)))
             target = grid_of_objects(size, extent, count)
             peak = training_peak(network.train(), criterion, torch.rand(1, channels, *size), target, amp)
             steps.append((prod(size), max(0, peak - weights)))  # gradients are counted with the weights
         network = bundle.build("network_def", {**values, **quiet})
-        for size in _two_sizes(crop_size):
+        for size in sizes:
             beside = prod(size) * (CHANNEL_BYTES * channels + BLOCK_BYTES)
             blocks.append((prod(size), inference_peak(network, torch.rand(1, channels, *size), amp) + beside))
     return MemoryModel(weights=weights, image=_line(steps), block=_line(blocks))
@@ -117,10 +119,10 @@ def grid_of_objects(size: Triple, extent: Triple, count: int) -> dict[str, Tenso
     }
 
 
-def _two_sizes(crop_size: Triple) -> tuple[Triple, Triple]:
+def _two_sizes(crop_size: Triple, most_voxels: int) -> tuple[Triple, Triple]:
     """The crop, made smaller along its longest axes until it is cheap to try, and one of a half of its voxels."""
     large = list(crop_size)
-    while prod(large) > MOST_TRIED:
+    while prod(large) > most_voxels:
         _halve(large)
     small = list(large)
     _halve(small)

@@ -79,7 +79,7 @@ class _Planner:
         self._objects()
         self._inputs()
         self.level_strides = self._strides()
-        self.coarsest = self.level_strides[-1]
+        self.coarsest = list(self.level_strides.values())[-1]
         self._wanted_crop()
         self._network()
         model = self._measured()
@@ -137,9 +137,7 @@ class _Planner:
             self.extents, [SMALL, 50, TYPICAL, LARGE], axis=0
         )
         self.choose("min_voxels", data_rules.smallest_mask, sizes[counting])
-        objects = np.array([volume.num_objects for volume in self.fingerprint.volumes])
-        voxels = self.fingerprint.shapes(self.target).prod(axis=1)
-        self.density = float(np.percentile(objects / voxels, LARGE))
+        self.density = float(np.percentile(self.fingerprint.densities(self.target), LARGE))
 
     def _inputs(self) -> None:
         """Channels, classes and normalisation."""
@@ -153,14 +151,14 @@ class _Planner:
         percentiles = self.choose("inferer#percentiles", data_rules.upper_percentile, foreground, default)
         self.choose("index#percentiles", lambda: (percentiles, "those of the prediction"))
 
-    def _strides(self) -> list[Triple]:
-        """Strides of the backbone's levels, finest first."""
+    def _strides(self) -> dict[str, Triple]:
+        """Strides of the backbone's levels by name, finest first."""
         if self.bundle.takes("backbone#stem_stride") and self.bundle.takes("backbone#stage_strides"):
             num_stages = len(self.bundle.get("backbone#stage_strides"))
             (stem, stages), reason = network_rules.strides(self.median, num_stages)
             self.choose("backbone#stem_stride", lambda: (stem, reason))
             self.choose("backbone#stage_strides", lambda: (stages, "see the stem's"))
-        return list(self.bundle.build("backbone", self.choices.values).strides.values())
+        return dict(self.bundle.build("backbone", self.choices.values).strides)
 
     def _wanted_crop(self) -> None:
         voxel = self.target or self.fingerprint.spacing_um
@@ -187,10 +185,11 @@ class _Planner:
 
     def _anchors(self) -> None:
         default = self.bundle.get("network_def#anchor_shapes")
-        names = self.bundle.get("network_def#fpn_levels") or [f"c{n + 1}" for n in range(len(self.level_strides))]
-        pyramid = {f"p{name[1:]}": self.level_strides[int(name[1:]) - 1] for name in names}
+        num_levels = len(self.choices.given.get("network_def#anchor_shapes", default))
+        fused = self.bundle.get("network_def#fpn_levels") or list(self.level_strides)
+        pyramid = {f"p{name[1:]}": step for name, step in self.level_strides.items() if name in fused}
         levels = self.choose(
-            "network_def#anchor_levels", network_rules.anchor_levels, pyramid, len(default), self.small, self.large
+            "network_def#anchor_levels", network_rules.anchor_levels, pyramid, num_levels, self.small, self.large
         )
         self.choose("network_def#anchor_shapes", network_rules.anchor_shapes, self.extents, default, len(levels))
         self.choose("network_def#mask_roi_size", network_rules.mask_roi_size, self.typical)

@@ -38,7 +38,8 @@ def volume_facts(
         "low": (100.0,),
         "high": (900.0,),
         "num_objects": num_objects,
-        "read_share": 1.0,
+        "part": (0, 0, 0, *shape),
+        "num_read": num_objects,
         "foreground": 0.1,
     }
     return VolumeFacts(**{**values, **changes})  # type: ignore[arg-type]

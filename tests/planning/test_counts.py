@@ -47,14 +47,21 @@ def test_at_another_voxel_size_regions_are_of_the_target():
     np.testing.assert_array_equal(near.visible, far.visible)
 
 
-def test_crowded_volumes_come_more_often_and_samples_grow():
+def test_crowded_volumes_come_more_often():
     volumes = [volume_facts("a", shape=SHAPE, num_objects=5), volume_facts("b", shape=SHAPE, num_objects=1)]
     boxes = [*ROW, (2, 3, 1, 4, 6, 5)]
     counts = objects_in_regions(fingerprint_of(boxes, volumes, [0] * 5 + [1]), SHAPE)
     assert (counts.visible == 5).mean() == pytest.approx(5 / 6, abs=0.07)
     assert set(counts.visible.tolist()) == {1, 5}
-    sampled = objects_in_regions(print_of(ROW, read_share=0.5), SHAPE)
-    assert sampled.visible.tolist() == [10] * NUM_REGIONS
+
+
+def test_regions_stay_in_the_part_that_was_read():
+    # Of a longer volume the part from 100 on, where the five lie.
+    boxes = [(z1, y1, x1 + 100, z2, y2, x2 + 100) for z1, y1, x1, z2, y2, x2 in ROW]
+    facts = volume_facts(shape=(8, 9, 999), num_objects=80, num_read=5, part=(0, 0, 100, 8, 9, 160))
+    counts = objects_in_regions(fingerprint_of(boxes, [facts]), (8, 9, 500))
+    assert counts.visible.tolist() == [5] * NUM_REGIONS
+    assert fingerprint_of(boxes, [facts]).densities()[0] == pytest.approx(5 / (8 * 9 * 60))
 
 
 def test_volumes_without_objects_are_not_drawn():

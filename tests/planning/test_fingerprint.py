@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from planning_toys import BOXES, SHAPE, fingerprint_of, volume_facts, write_index
+from planning_toys import BOXES, SHAPE, fingerprint_of, rows_of_boxes, volume_facts, write_index
 
 from seg3d_monai.data import CropIndex
 from seg3d_monai.planning import fingerprint as module
@@ -83,20 +83,27 @@ def test_an_index_without_objects_is_refused(tmp_path):
         take_fingerprint(index)
 
 
-def test_of_very_many_objects_a_sample_of_neighbours_is_read(tmp_path, monkeypatch):
-    ids = module._sample_of_ids(1_000_000)
-    assert len(ids) == module.MOST_OBJECTS // module.OBJECTS_IN_A_ROW * module.OBJECTS_IN_A_ROW
-    assert (ids.min(), len(np.unique(ids))) == (1, len(ids))
-    assert 999_000 < ids.max() <= 1_000_000
-    assert module._sample_of_ids(module.MOST_OBJECTS) is None
-    monkeypatch.setattr(module, "MOST_OBJECTS", 2)
-    monkeypatch.setattr(module, "OBJECTS_IN_A_ROW", 1)
-    index = write_index(tmp_path, {"a": (SHAPE, BOXES)})
-    sampled = take_fingerprint(CropIndex(index.path))
-    assert sampled.voxels.tolist() == [192, 32]  # the first and the last
-    assert sampled.volumes[0].read_share == 0.5
-    assert sampled.volumes[0].foreground == pytest.approx(2 * (192 + 32) / np.prod(SHAPE))
-    assert sampled.to_json()["num_objects"] == 4
+def test_of_very_many_objects_those_of_a_part_are_read(tmp_path, monkeypatch):
+    shape = (20, 48, 56)
+    boxes = rows_of_boxes(shape, (2, 4, 4))  # 4 x 7 x 9 = 252 objects, 4, 6 and 6 voxels apart
+    index = write_index(tmp_path, {"a": (shape, boxes)})
+    monkeypatch.setattr(module, "MOST_OBJECTS", 32)  # about an eighth: half of each extent
+    monkeypatch.setattr(module, "OBJECTS_AT_ONCE", 50)
+    found = take_fingerprint(CropIndex(index.path))
+    (facts,) = found.volumes
+    assert facts.part_shape == (10, 24, 28)
+    assert facts.num_objects == len(boxes) == 252
+    assert facts.num_read == len(found.boxes)
+    low, high = np.array(facts.part[:3]), np.array(facts.part[3:])
+    inside = [
+        number for number, box in boxes.items() if all(low[a] <= (box[a] + box[a + 3]) // 2 < high[a] for a in range(3))
+    ]
+    assert sorted(map(tuple, found.boxes.tolist())) == sorted(boxes[number] for number in inside)
+    assert found.densities()[0] == pytest.approx(1 / (4 * 6 * 6), rel=0.35)
+    ends = found.boxes[found.is_whole]
+    assert (ends[:, :3] > low).all()
+    assert (ends[:, 3:] < high).all()
+    assert found.to_json()["num_objects"] == 252
 
 
 def test_of_very_many_volumes_every_so_many_is_read(tmp_path, monkeypatch):

@@ -95,11 +95,10 @@ def test_a_line_through_two_sizes():
 
 
 def test_sizes_that_are_tried_are_cheap():
-    assert _two_sizes((48, 80, 80)) == ((48, 40, 80), (48, 80, 80))
-    small, large = _two_sizes((512, 512, 512))
-    assert max(large) <= 128
-    assert small != large
-    assert _two_sizes((1, 1, 1)) == ((1, 1, 1), (1, 1, 1))
+    assert _two_sizes((48, 80, 80), 400_000) == ((48, 40, 80), (48, 80, 80))
+    assert _two_sizes((48, 80, 80), 100_000) == ((24, 40, 40), (48, 40, 40))
+    assert _two_sizes((512, 512, 512), 300_000) == ((32, 64, 64), (64, 64, 64))
+    assert _two_sizes((1, 1, 1), 400_000) == ((1, 1, 1), (1, 1, 1))
 
 
 @pytest.mark.parametrize(("count", "expected"), [(100, 8), (3, 3)])

@@ -95,6 +95,9 @@ def test_what_is_given_wins_and_the_rest_follows(fingerprint, plans):
     assert len(decision(plan, "network_def#anchor_shapes").value) == 1  # one level, as many anchors
     assert plan.train["network_def#box_hidden"] == plan.inference["network_def#box_hidden"] == 32
     assert "num_queries" not in plan.train
+    shapes = [[[3, 9, 8], [4, 10, 10]]] * 3
+    given = {"crop_size": [8, 32, 32], "network_def#anchor_shapes": shapes}
+    assert len(decision(plan_bundle(fingerprint, config(), 8 * GB, given), "network_def#anchor_levels").value) == 3
     # A smaller crop holds fewer objects, so a step needs more of them.
     assert plan.facts[0] != plans["maskrcnn3d"].facts[0]
 

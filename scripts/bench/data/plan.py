@@ -93,11 +93,11 @@ def trained(dataset: Path, run: Path, overlays: list[str], options: Options) -> 
     overlay = ["--overlay", ",".join(overlays)] if overlays else []
     command_line(["train", TRAINED, *overlay, *words, "--val_interval", "1000"], options.threads)
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    with (run / "train.csv").open(encoding="utf-8", newline="") as file:
-        steps = max(int(line["iteration"]) for line in csv.DictReader(file))
+    log = run / "train.csv"  # a line for every tenth step
+    lines = list(csv.DictReader(log.read_text(encoding="utf-8").splitlines())) if log.exists() else []
     at_half = metrics["thresholds"]["0.5"]
     return {
-        "steps": steps,
+        "steps": max((int(line["iteration"]) for line in lines), default=0),
         "f1": at_half["f1"],
         "precision": at_half["precision"],
         "recall": at_half["recall"],
