@@ -33,7 +33,7 @@ def measured(facts: dict[str, Any]) -> str:
         ("voxel size, z y x", "; ".join(spacings[:4]) + ("; …" if len(spacings) > 4 else "")),
         ("channels", by(facts["channels"])),
         ("objects", f"{facts['num_objects']:,}, {_share(facts)} whole, that is within their volume"),
-        ("classes", ", ".join(f"{number}: {count:,}" for number, count in facts["classes"].items())),
+        ("classes", ", ".join(f"{id}: {count:,}" for id, count in facts["classes"].items())),
         ("touch another one", _touching(facts)),
     ]
     rows = [
