@@ -37,7 +37,7 @@ def suggest(
         bundle: Folder of the bundle, or its name in ./bundles.
         overlay: Names of files in configs/overlays without .json, separated by commas.
         num: Regions to choose; default 10.
-        candidates: Regions to choose from, at most; default 200. Time grows with it.
+        candidates: Regions to choose from, at most; default 100. Time grows with it.
         pool: unannotated (default), or all for annotated regions too.
         where: Filter over the index's columns, 'quality_image >= 2'.
         split: Split of the volumes, default train; volumes without a split are taken too.

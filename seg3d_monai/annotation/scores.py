@@ -4,7 +4,9 @@ Doubt is taken from scores alone. An instance with the score s is there with abo
 errs with the probability min(s, 1 - s); the sum over a region is the number of objects that the model itself expects to
 get wrong. With mirrored views the score is the mean over the views, and a view that misses an object counts as 0 (see
 `merge_views`), so what two views disagree about is doubted too, be it a cell that only one finds or a pair that one
-cuts in two. Entropy of masks would add their outlines, which are seldom what is wrong; it is left out.
+cuts in two. Detectors find a crowd of low scores in noise, which together would outweigh every real doubt, so the
+predictor should drop what it all but rejects (`reject_score` of the bundles). Entropy of masks would add their
+outlines, which are seldom what is wrong; it is left out.
 
 The network cannot doubt what it does not see. Hence the second part: features of its backbone, pooled over the region,
 tell places that look like nothing it was trained on.

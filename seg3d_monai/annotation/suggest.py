@@ -73,7 +73,7 @@ def suggest_regions(
     predictor: Any,
     backbone: nn.Module,
     num: int = 10,
-    candidates: int = 200,
+    candidates: int = 100,
     pool: Pool = "unannotated",
     strategy: Strategy = "model",
     where: str | None = None,
@@ -92,7 +92,8 @@ def suggest_regions(
         db: the crop index.
         output: folder to write; must not hold anything.
         predictor: callable (block: float32 Tensor [C, d, h, w] of raw voxels, roi) -> Instances, with `for_volume` if
-            it has one. It should return doubtful instances too, with scores well below `accept_score`.
+            it has one. It should return doubtful instances too, with scores well below `accept_score`, but not the
+            crowd of low scores that detectors find in noise.
         backbone: of the predictor's network.
         num: how many regions.
         candidates: how many to choose from, at most; half as many annotated ones are looked at for comparison.

@@ -26,7 +26,7 @@ class AnnotateOptions:
     start_minutes: float = 5.0
     annotate_minutes: float = 5.0
     num_regions: int = 10
-    candidates: int = 200
+    candidates: int = 100
     repeats: int = 1
     seed: int = 0
     specimen_pattern: str | None = None
@@ -40,7 +40,7 @@ HELP = {
     "start_minutes": "minutes of the training on these, default 5",
     "annotate_minutes": "minutes that each training goes on, default 5",
     "num_regions": "regions to annotate, default 10",
-    "candidates": "regions to choose from, default 200",
+    "candidates": "regions to choose from, default 100",
     "repeats": "seeds, each with its own draws and trainings, default 1",
     "seed": "the first seed, default 0",
     "specimen_pattern": "finds the specimen in a volume's name, where the manifest has none",
