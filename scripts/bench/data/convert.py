@@ -2,7 +2,7 @@
 
 What is timed is `convert_volume` as a whole, with levels, compression and the files' names. Every turn writes an
 output of its own in a fresh process, in the order 1 2 2 1, so that a machine that grows slower does so for both.
-Zarr's own threads stay as they are: all of ours share them, and one would be all that two of ours have for their codecs.
+Zarr's own threads stay as they are: all of ours share them, so if there were one, codecs would take turns in it.
 """
 
 import multiprocessing
