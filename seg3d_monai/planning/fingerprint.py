@@ -27,6 +27,8 @@ Ints = NDArray[np.int64]
 
 MOST_VOLUMES, MOST_OBJECTS, OBJECTS_AT_ONCE = 500, 1_000_000, 100_000
 """Volumes that are read; objects of all of them that are kept, about; objects that are read at once."""
+LEAST_WHOLE = 0.1
+"""Share of whole objects below which those that are cut count too."""
 VAL_FRACTION = 0.2
 """What the bundles hold back for validation where neither manifest nor index says."""
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -111,11 +113,14 @@ class Fingerprint:
 
     @property
     def is_whole(self) -> NDArray[np.bool_]:
-        """Which objects end within their volume, or the part of it that was read; all, where none does."""
+        """Which objects end within their volume, or the part of it that was read; all, where nearly none does.
+
+        In a stack of few planes only the smallest do.
+        """
         parts = np.array([volume.part for volume in self.volumes])[self.volume]
         inside = np.concatenate([self.boxes[:, :3] > parts[:, :3], self.boxes[:, 3:] < parts[:, 3:]], axis=1)
         whole: NDArray[np.bool_] = np.logical_and.reduce(inside, axis=1)
-        return whole if whole.any() else np.ones(len(whole), bool)
+        return whole if whole.mean() >= LEAST_WHOLE else np.ones(len(whole), bool)
 
     def scales(self, target_um: Spacing | None) -> Floats:
         """Voxels of the target for one of each volume's own, [v, 3]; 1 where training does not resample.

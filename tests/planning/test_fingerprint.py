@@ -34,6 +34,9 @@ def test_objects_that_a_volume_cuts_count_where_there_are_no_others():
     assert print_.is_whole.tolist() == [True]
     print_ = fingerprint_of([(0, 0, 0, *SHAPE), (1, 1, 1, 2, 2, 2)])
     assert print_.is_whole.tolist() == [False, True]
+    # One speck within a stack whose cells all reach its faces says nothing about their size.
+    print_ = fingerprint_of([(0, 1, 1, 12, 9, 9)] * 10 + [(1, 1, 1, 2, 2, 2)])
+    assert print_.is_whole.all()
 
 
 def test_extents_in_voxels_of_a_target():
