@@ -1,7 +1,8 @@
-"""How much faster two workers are than one: the bundle's model as work, one thread each.
+"""How much faster two Ray workers are than one: the bundle's model as work, one thread each.
 
-Runs with one and with two workers take turns, in the order 1 2 2 1, so that a machine that grows slower or faster does
-so for both. Each is a fresh process, and what is timed is all of `predict_volume`: the start of the workers too.
+Runs with two workers and with one take turns, in the order 2 1 2, so that a machine that grows slower or faster does so
+for both. Each is a fresh process, and what is timed is the start of Ray and all of `predict_volume`: that of the
+workers too. It takes a quarter of a minute whatever the stack, so the stack is as large as that of the section whole.
 
 Two processes on one machine share its memory's bandwidth, its clock and its neighbours. How much more two of them do
 that only read and predict blocks, without a driver, Ray or a start, is measured at each turn: no run can do better.
@@ -12,6 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from math import prod
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -20,18 +22,19 @@ from bench.inference.bars import Row
 from bench.inference.model import read_predictor, write_specimen_stack
 from bench.inference.options import Options
 from bench.inference.stacks import SPACING_UM
+from bench.inference.whole import QUICK_SHAPE, SHAPE
 from seg3d_monai.data import open_volume
 from seg3d_monai.inference import predict_volume
 from seg3d_monai.inference.blocks import BlockPlan, roi_shape
+from seg3d_monai.inference.ray_workers import connect, import_ray
 
-SHAPE, QUICK_SHAPE = (128, 768, 768), (24, 72, 72)
-TURNS = (1, 2, 2, 1)
+TURNS = (2, 1, 2)
 BARE_BLOCKS, QUICK_BARE_BLOCKS = 6, 1
 METHOD = (
-    "Workers: predict_volume with num_workers 1 and 2, one CPU thread a worker, by turns "
-    f"{' '.join(map(str, TURNS))}, each in a fresh process, the start of the workers included. Machine: blocks a "
-    f"second of two bare processes that each read and predict the same {BARE_BLOCKS} blocks, against one alone, at the "
-    "same turns."
+    f"Workers: predict_volume with 2 and 1 Ray workers of one CPU thread, by turns {' '.join(map(str, TURNS))}, each "
+    "in a fresh process, the start of Ray and of the workers included; faster is by the means. Machine: blocks a second "
+    f"of two bare processes that each read and predict the same {BARE_BLOCKS} blocks, against one alone, at the same "
+    "turns."
 )
 
 
@@ -52,7 +55,7 @@ def measure(options: Options) -> list[Row]:
         seconds[num_workers].append(taken)
     row: Row = {"shape": shape, "num_blocks": num_blocks, "num_objects": num_objects, "turns": TURNS}
     row |= {"one_s": seconds[1], "two_s": seconds[2], "one_bare_rate": rates[1], "two_bare_rate": rates[2]}
-    return [row | {"speed_up": sum(seconds[1]) / sum(seconds[2]), "machine": sum(rates[2]) / sum(rates[1])}]
+    return [row | {"speed_up": mean(seconds[1]) / mean(seconds[2]), "machine": mean(rates[2]) / mean(rates[1])}]
 
 
 def measure_here(
@@ -62,7 +65,11 @@ def measure_here(
     torch.set_num_threads(1)  # workers take the driver's number
     predictor, cut = read_predictor(checkpoint, is_quick)
     start = time.perf_counter()
-    done = predict_volume(stack, predictor, output, num_workers=num_workers, spacing=SPACING_UM, progress=False, **cut)
+    ray = import_ray()
+    connect(ray, None, num_cpus=num_workers)  # else one worker would be a thread
+    options = {"num_workers": num_workers, "address": "auto", "spacing": SPACING_UM, "progress": False}
+    done = predict_volume(stack, predictor, output, **options, **cut)
+    ray.shutdown()
     return time.perf_counter() - start, done.num_blocks, done.num_objects
 
 
