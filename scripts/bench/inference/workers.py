@@ -32,9 +32,9 @@ TURNS = (2, 1, 2)
 BARE_BLOCKS, QUICK_BARE_BLOCKS = 6, 1
 METHOD = (
     f"Workers: predict_volume with 2 and 1 Ray workers of one CPU thread, by turns {' '.join(map(str, TURNS))}, each "
-    "in a fresh process, the start of Ray and of the workers included; faster is by the means. Machine: blocks a second "
-    f"of two bare processes that each read and predict the same {BARE_BLOCKS} blocks, against one alone, at the same "
-    "turns."
+    "in a fresh process, the start of Ray and of the workers included; faster is by the means. Machine: blocks a "
+    f"second of two bare processes that each read and predict the same {BARE_BLOCKS} blocks, against one alone, at the "
+    "same turns."
 )
 
 
