@@ -99,12 +99,14 @@ class PeakShare:
         self._thread.join()
 
     def _watch(self) -> None:
+        is_last = False
         while True:
             share = kilobytes(self._process, "smaps_rollup", "Pss")
             if share is not None:
                 self.peak = max(self.peak or 0, share)
-            if self._done.wait(self._interval):
+            if is_last:
                 return
+            is_last = self._done.wait(self._interval)
 
 
 def kilobytes(process: int, file: str, name: str) -> int | None:
