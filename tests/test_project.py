@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,8 @@ def test_readme_names_only_commands_that_exist() -> None:
     named = set(re.findall(r"(?m)(?:^|`|bin/)seg3d ([a-z-]+)(?: ([a-z-]+))?", text))
     assert named
     assert [words for words in named if words[0] not in COMMANDS and " ".join(words) not in COMMANDS] == []
+
+
+def test_files_of_tests_have_names_of_their_own():
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []  # pytest would import the first for all
