@@ -17,6 +17,7 @@ import pytest
 import tifffile
 import zarr
 from crop_toys import image_volume, label_volume, write_dataset
+from process_table import is_alive
 
 from seg3d_monai.data import (
     CropIndex,
@@ -570,13 +571,6 @@ def test_workers_end_with_the_process_that_is_killed(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert not any(is_alive(child) for child in children)
     build(tmp_path / "data", tmp_path / "i.sqlite", DataConfig(crop_size=(4, 6, 8)))
-
-
-def is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.long

@@ -20,6 +20,7 @@ import ray
 import torch
 import torch.distributed as dist
 from monai.bundle import ConfigParser, ConfigWorkflow
+from process_table import descendants, is_alive
 from ray_nodes import RESTART, WAIT, add_node, cluster_of, wait_until
 
 from seg3d_monai.engine import ray_launch
@@ -270,27 +271,6 @@ def test_losses_are_made_good_so_often(monkeypatch, caplog):
 
 
 # In groups
-
-
-def descendants(pid):
-    """Processes below one, from the kernel's table."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def test_from_the_shell_a_group_outlives_a_worker_and_saves_at_sigterm(tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from process_table import descendants, is_alive
 
 from seg3d_monai.inference.ray_workers import MAX_DEATHS, RayWorkers
 from seg3d_monai.inference.workers import UnreadableBlockError
@@ -73,27 +74,6 @@ def wait_until(holds, seconds=WAIT):
     while not holds():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def descendants(pid):
-    """Processes below one, from the kernel's table."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
 
 
 def free_cpus():

@@ -111,8 +111,9 @@ class PeakShare:
 
 def kilobytes(process: int, file: str, name: str) -> int | None:
     """A number of KiB that Linux tells of a process; None elsewhere."""
-    path = Path(f"/proc/{process}/{file}")
-    if not path.exists():
+    try:
+        text = Path(f"/proc/{process}/{file}").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):  # the process may end meanwhile
         return None
-    match = re.search(rf"^{name}:\s*(\d+) kB", path.read_text(encoding="utf-8"), re.MULTILINE)
+    match = re.search(rf"^{name}:\s*(\d+) kB", text, re.MULTILINE)
     return None if match is None else int(match[1])
