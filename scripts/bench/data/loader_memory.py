@@ -45,8 +45,10 @@ def measure(options: Options) -> list[Row]:
         index, num_samples=number, crop_size=crop, margin=margin, transform=train_transforms(crop_size=crop)
     )
     loader = CropLoader(dataset, batch_size=1, num_workers=1, multiprocessing_context="spawn")
-    batches: Any = iter(loader)  # torch keeps it, and its worker, for the next epoch
-    process = batches._workers[0].pid
+    batches = iter(loader)
+    next(batches)  # starts the worker
+    iterator: Any = loader._iterator  # torch keeps it, and its worker, for the next epoch
+    process = iterator._workers[0].pid
     with PeakShare(process) as share:
         for _ in batches:
             pass
