@@ -10,6 +10,7 @@ import pytest
 import tifffile
 import torch
 from monai.bundle import ConfigParser
+from small_networks import SMALL_NETWORK
 from warm_processes import run_module
 
 from seg3d_monai.annotation.task import read_task
@@ -18,18 +19,6 @@ from seg3d_monai.data import DataConfig, build_index, read_manifest
 
 BUNDLES = ["maskrcnn3d", "maskdino3d", "mask2former3d"]
 CONFIGS = {name: Path(__file__).parents[2] / "bundles" / name / "configs" for name in BUNDLES}
-SMALL_TRANSFORMER = {
-    "num_queries": 12,
-    "network_def#hidden": 16,
-    "network_def#mask_channels": 8,
-    "network_def#encoder_feedforward": 16,
-    "network_def#decoder_feedforward": 16,
-}
-SMALL = {
-    "maskrcnn3d": {"network_def#fpn_channels": 8, "network_def#box_hidden": 16, "network_def#mask_channels": 8},
-    "maskdino3d": SMALL_TRANSFORMER,
-    "mask2former3d": SMALL_TRANSFORMER,
-}
 TRAINING = {
     "crop_size": [16, 32, 40],
     "train#dataset#num_samples": 4,
@@ -44,7 +33,7 @@ def flags(values: dict[str, object]) -> list[str]:
 
 
 def network_keys(bundle: str) -> dict[str, object]:
-    return {"backbone#width": 8, "in_channels": 2, "amp": "off", **SMALL[bundle]}
+    return {"backbone#width": 8, "in_channels": 2, "amp": "off", **SMALL_NETWORK[bundle]}
 
 
 def write_data(folder: Path) -> Path:

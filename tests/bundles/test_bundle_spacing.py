@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from test_bundles import BUNDLES, CONFIGS, SMALL, SMALL_NETWORK, overrides, run_bundle
+from small_networks import SMALL_NETWORK
+from test_bundles import BUNDLES, CONFIGS, SMALL, overrides, run_bundle
 
 from seg3d_monai.engine import read_spacing
 

@@ -12,6 +12,7 @@ import tifffile
 import torch
 import zarr
 from monai.bundle import ConfigParser, ConfigWorkflow
+from small_networks import SMALL_NETWORK
 from warm_processes import run_module
 
 from seg3d_monai.cli import main
@@ -29,19 +30,7 @@ SMALL = {
     "train#trainer#max_epochs": 1,
     "amp": "off",
 }
-"""Overrides that make a training of two steps, and below those of each network."""
-SMALL_TRANSFORMER = {
-    "num_queries": 12,
-    "network_def#hidden": 16,
-    "network_def#mask_channels": 8,
-    "network_def#encoder_feedforward": 16,
-    "network_def#decoder_feedforward": 16,
-}
-SMALL_NETWORK = {
-    "maskrcnn3d": {"network_def#fpn_channels": 8, "network_def#box_hidden": 16, "network_def#mask_channels": 8},
-    "maskdino3d": SMALL_TRANSFORMER,
-    "mask2former3d": SMALL_TRANSFORMER,
-}
+"""Overrides that make a training of two steps; those of each network come on top."""
 bundles = pytest.mark.parametrize("bundle", BUNDLES)
 
 

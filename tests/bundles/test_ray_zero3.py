@@ -20,7 +20,8 @@ from accidents import notes
 from monai.bundle import ConfigParser, ConfigWorkflow
 from ray.cluster_utils import Cluster
 from ray_nodes import RESTART, cluster_of, wait_until
-from test_bundles import CONFIGS, SMALL, SMALL_NETWORK, write_dataset
+from small_networks import SMALL_NETWORK
+from test_bundles import CONFIGS, SMALL, write_dataset
 
 from seg3d_monai.engine.checkpoint import read_checkpoint
 

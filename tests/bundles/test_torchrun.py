@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from monai.bundle import ConfigParser
-from test_bundles import CONFIGS, SMALL, SMALL_NETWORK, overrides, write_dataset
+from small_networks import SMALL_NETWORK
+from test_bundles import CONFIGS, SMALL, overrides, write_dataset
 
 BUNDLE = "maskrcnn3d"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
-from test_bundles import BUNDLES, CONFIGS, SMALL, SMALL_NETWORK, overrides, write_dataset
+from small_networks import SMALL_NETWORK
+from test_bundles import BUNDLES, CONFIGS, SMALL, overrides, write_dataset
 
 STUB = '''
 """Stands for MLflow, with as much of it as MONAI's handler calls; writes each call down."""

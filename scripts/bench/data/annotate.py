@@ -7,8 +7,6 @@ nothing new. All are judged on specimens that are held back and never trained on
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from bench.data.bars import Row
+from bench.data.command import command_line
 from bench.data.options import Options
 from seg3d_monai.annotation.corrected import IGNORE
 from seg3d_monai.annotation.task import read_task
@@ -187,14 +186,3 @@ def train(
 def flags(keys: dict[str, Any]) -> list[str]:
     """Keys of a configuration as words of the command line."""
     return [word for key, value in keys.items() for word in (f"--{key}", json.dumps(value))]
-
-
-def command_line(words: list[str], threads: int) -> None:
-    """Run `seg3d`; what it says goes to stderr where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "-m", "seg3d_monai", *words], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.stderr.write(done.stdout[-2000:] + done.stderr[-4000:])
-        done.check_returncode()

@@ -6,14 +6,12 @@ overlay; the two trainings take turns of equal minutes and are judged on the vol
 
 import csv
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from bench.data.bars import Row
+from bench.data.command import command_line
 from bench.data.options import Options
 from seg3d_monai.data import CropIndex, dataset_or_sample, index_for
 from seg3d_monai.data.synthetic import write_specimen
@@ -104,14 +102,3 @@ def trained(dataset: Path, run: Path, overlays: list[str], options: Options) -> 
         "seg": metrics["seg"],
         "map": metrics["map"],
     }
-
-
-def command_line(words: list[str], threads: int) -> None:
-    """Run `seg3d`; what it says goes to stderr where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "-m", "seg3d_monai", *words], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.stderr.write(done.stdout[-2000:] + done.stderr[-4000:])
-        done.check_returncode()
