@@ -2,6 +2,7 @@
 
 import sys
 
+from seg3d_monai.cli_arguments import given
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
 
 
@@ -70,8 +71,7 @@ def suggest(
         "seed": seed,
         "device": device,
     }
-    given = {name: value for name, value in options.items() if value is not None}
-    run_bundle("suggest", files + overlay_files(folder, overlay), overrides, given)
+    run_bundle("suggest", files + overlay_files(folder, overlay), overrides, given(options))
 
 
 def import_labels(

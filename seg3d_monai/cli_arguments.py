@@ -11,9 +11,10 @@ Arguments annotated `str` are never parsed (a folder may be called `2024`). This
 
 import difflib
 import inspect
+import json
 import re
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
 from fire import helptext, parser, trace
@@ -195,3 +196,20 @@ def _type_name(annotation: Any) -> str:
 
 def _example(item: Any) -> str:
     return {int: '"[16,64,64]"', float: '"[2.0,0.5,0.5]"', str: '"[a,b]"'}[item]
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that were given; the rest keep the default of whoever is called."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def numbers(name: str, text: str) -> int | list[int]:
+    """An integer or a list of them, of a flag that also takes a word."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    found = value if isinstance(value, list) else [value]
+    if not found or any(isinstance(n, bool) or not isinstance(n, int) for n in found):
+        raise UsageError(f'--{name} is {text!r}; pass a number, a list "[0,2]" or "all"')
+    return value
