@@ -74,7 +74,7 @@ def test_bars_met_and_missed():
         "crops": [{**crops, "sampler_s": 1.0, "sampler_peak_mb": None}],
         "reads": [reads],
         "samples": [{"augmentation": "default", "ratio": 5.1}],
-        "loader_memory": [{"gigabytes": 4.3, "peak_mb": 499.0}],
+        "loader_memory": [{"gigabytes": 4.3, "start": "fork", "peak_mb": 499.0}],
         "plan": [
             {"data": "a", "plan_s": 59.0, "minutes": 10.0, "planned_over_hand": 0.99},
             {"data": "b", "plan_s": 60.0, "minutes": 0.0},

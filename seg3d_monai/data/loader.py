@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from seg3d_monai.data.freed_memory import give_back_at_once
 from seg3d_monai.data.targets import Targets
 
 
@@ -144,6 +145,7 @@ class CropLoader(DataLoader[CropBatch]):
             prefetch_factor=prefetch_factor,
             persistent_workers=num_workers > 0,
             multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
+            worker_init_fn=_begin_worker,
         )
         self._epoch_sampler = sampler
         self._first_batch = 0  # of the next iteration
@@ -210,3 +212,8 @@ class CropLoader(DataLoader[CropBatch]):
                 )
         self.set_epoch(int(state["epoch"]))
         self.skip(int(state["batch"]))
+
+
+def _begin_worker(_: int) -> None:
+    """There may be many: each gives back what it frees, whatever it has inherited from a training process."""
+    give_back_at_once()

@@ -1,8 +1,7 @@
 """The augmentation of training crops, built out of MONAI's dictionary transforms and a few like them.
 
 Geometry first, on image and label together, then intensity, on the image alone and only on what geometry left of it.
-By default geometry works in voxels and turns within the yx plane only: z has another resolution, and a light sheet
-another blur. Whoever asks for tilts, shears or bending gets all of them in micrometres.
+By default crops are turned within the yx plane only: z has another resolution, and a light sheet another blur.
 
 Must not know: files, the crop index, targets.
 """
@@ -20,10 +19,10 @@ from monai.transforms import (
     RandShiftIntensityd,
 )
 
-from seg3d_monai.data.transforms_geometry import RandPlaneAffined, RandTurnPlaned, RandWarpd
+from seg3d_monai.data.transforms_geometry import RandTurnPlaned, RandWarpd
 from seg3d_monai.data.transforms_intensity import RandChannelDropd, RandCoarseZd
 
-__all__ = ["RandChannelDropd", "RandCoarseZd", "RandPlaneAffined", "RandTurnPlaned", "RandWarpd", "train_transforms"]
+__all__ = ["RandChannelDropd", "RandCoarseZd", "RandTurnPlaned", "RandWarpd", "train_transforms"]
 
 
 def train_transforms(
@@ -127,30 +126,21 @@ def train_transforms(
     ]
     if isotropic_plane and turn_prob > 0:
         steps += [RandTurnPlaned(keys=keys, prob=turn_prob, plane=plane) for plane in turn_planes]
-    if tilt_degrees or shear or elastic_prob:
-        steps.append(
-            RandWarpd(
-                crop_size=crop_size,
-                spacing_um=spacing_um,
-                affine_prob=affine_prob,
-                rotate_degrees=rotate_degrees,
-                tilt_degrees=tilt_degrees,
-                shear=shear,
-                scale_range=scale_range,
-                elastic_prob=elastic_prob,
-                elastic_um=elastic_um,
-                elastic_period_um=elastic_period_um,
-            )
+    is_in_um = bool(tilt_degrees or shear or elastic_prob)
+    steps.append(
+        RandWarpd(
+            crop_size=crop_size,
+            spacing_um=spacing_um,
+            affine_prob=affine_prob,
+            rotate_degrees=rotate_degrees if isotropic_plane or is_in_um else 0.0,
+            tilt_degrees=tilt_degrees,
+            shear=shear,
+            scale_range=scale_range,
+            elastic_prob=elastic_prob,
+            elastic_um=elastic_um,
+            elastic_period_um=elastic_period_um,
         )
-    else:
-        steps.append(
-            RandPlaneAffined(
-                crop_size=crop_size,
-                prob=affine_prob,
-                rotate_degrees=rotate_degrees if isotropic_plane else 0.0,
-                scale_range=scale_range,
-            )
-        )
+    )
     # MONAI calls the first spatial axis x; it is z here.
     steps.append(
         RandGaussianSmoothd(

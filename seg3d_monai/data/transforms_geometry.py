@@ -12,11 +12,11 @@ Must not know: files, the crop index, targets.
 
 from collections.abc import Hashable, Mapping, Sequence
 from math import ceil
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import MapTransform, RandAffined, Randomizable, RandomizableTransform, RandRotate90d
+from monai.transforms import MapTransform, Randomizable, RandRotate90d
 from torch.nn import functional
 
 from seg3d_monai.data.targets import IGNORE
@@ -58,69 +58,6 @@ class RandTurnPlaned(RandRotate90d):
         if not is_square or abs(spacing[first] / spacing[second] - 1) > NEAR_SPACING:
             return dict(data)
         return super().__call__(data, lazy=lazy)
-
-
-class RandPlaneAffined(RandomizableTransform, MapTransform):
-    """Rotate about z by a small angle and zoom each axis, in voxels, then crop at the centre.
-
-    Args:
-        crop_size: (z, y, x) voxels that are kept, None for all; only these are computed.
-        prob: probability of rotating and zooming; else the crop is only cut out.
-        rotate_degrees: largest angle about z, either way.
-        scale_range: smallest and largest magnification of an object along (z, y, x), each pair around 1.
-        image_key: float [C, D, H, W], sampled trilinearly; 0 comes in from outside.
-        label_key: integer [1, D, H, W] with -1 for ignore; nearest neighbour; -1 comes in from outside.
-
-    Raises:
-        ValueError: for a magnification that is not positive, or labels that float32 does not hold exactly.
-    """
-
-    def __init__(
-        self,
-        *,
-        crop_size: Sequence[int] | None = None,
-        prob: float = 0.5,
-        rotate_degrees: float = 15.0,
-        scale_range: Sequence[Sequence[float]] = ((0.9, 1.1), (0.85, 1.2), (0.85, 1.2)),
-        image_key: str = "image",
-        label_key: str = "label",
-    ) -> None:
-        MapTransform.__init__(self, (image_key, label_key))
-        RandomizableTransform.__init__(self, prob)
-        _check_scales(scale_range)
-        self.crop_size = None if crop_size is None else tuple(int(n) for n in crop_size)
-        self._image_key, self._label_key = image_key, label_key
-        # MONAI maps output to input: it adds 1 to a drawn number and reads the input at that multiple.
-        inverse = [(1.0 / high - 1.0, 1.0 / low - 1.0) for low, high in scale_range]
-        self._affine = RandAffined(
-            keys=(image_key, label_key),
-            spatial_size=self.crop_size,
-            prob=1.0,
-            rotate_range=(float(np.deg2rad(rotate_degrees)), 0.0, 0.0),
-            scale_range=inverse,
-            mode=("bilinear", "nearest"),
-            padding_mode="zeros",
-        )
-
-    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> Self:
-        """Seed this transform and the one within; see MONAI's Randomizable."""
-        super().set_random_state(seed, state)
-        self._affine.set_random_state(seed, state)
-        return self
-
-    def __call__(self, data: Sample) -> dict[Hashable, torch.Tensor]:
-        """Transform one sample."""
-        result = dict(data)
-        self.randomize(None)
-        if not self._do_transform:
-            for key in (self._image_key, self._label_key):
-                result[key] = _centre(result[key], self.crop_size)
-            return result
-        label = result[self._label_key]
-        sampled = self._affine({self._image_key: result[self._image_key], self._label_key: _as_float(label)})
-        result[self._image_key] = _plain(sampled[self._image_key])
-        result[self._label_key] = _plain(sampled[self._label_key]).to(label.dtype) + IGNORE
-        return result
 
 
 class RandWarpd(Randomizable, MapTransform):

@@ -1,8 +1,11 @@
-"""A least-recently-used cache of decoded chunks, bounded in bytes, through which regions of volumes are read.
+"""A cache of decoded chunks, bounded in bytes, through which regions of volumes are read.
 
 Chunks are kept as they are stored, whatever crops were asked for, so a cache can never serve one selection with
-another's voxels. Where it cannot help, regions are read straight from the file: one that touches a large share of what
-may be kept, and all of them once it has shown that crops hardly ever meet the same chunks again.
+another's voxels. A chunk is kept once it is asked for a second time while its name is still remembered (the admission
+of 2Q, Johnson and Shasha 1994), and what was used longest ago goes first: crops at random places of a large volume
+hardly ever meet, and then take neither memory nor the time to copy them. Where the cache cannot help, regions are read
+straight from the file: one that touches a large share of what may be kept, and all of them once it has shown that
+crops do not meet the same chunks again.
 
 Must not know: sampling, normalisation (voxels are raw), SQLite, torch.
 """
@@ -14,13 +17,16 @@ from math import prod
 
 import numpy as np
 
+from seg3d_monai.data.freed_memory import give_back
 from seg3d_monai.data.volume import Roi, Volume
 
 _LARGEST_SHARE = 4  # one region may touch at most this fraction of the cache
 _LEAST_VOXELS = 1 << 17  # smaller chunks are kept several together
 _TRIAL = 3  # times its size that a cache reads before it is judged
-_LEAST_HITS = 0.2  # share of the bytes asked for that must then have been there
+_LEAST_HITS = 0.2  # share of the bytes asked for that must then have been asked for lately
 _MAX_OPEN = 256  # volumes whose metadata are kept
+
+_Name = tuple[Hashable, Roi]  # of a chunk: its volume's key, its box
 
 
 class VolumeCache:
@@ -33,6 +39,7 @@ class VolumeCache:
         num_bytes: bytes that are kept.
         hit_bytes: bytes of the chunks that were asked for and were there.
         miss_bytes: bytes of those that had to be read.
+        again_bytes: bytes of those among them that had been asked for lately.
 
     Raises:
         ValueError: if `max_bytes` is negative.
@@ -42,8 +49,10 @@ class VolumeCache:
         if max_bytes < 0:
             raise ValueError(f"max_bytes={max_bytes} is negative; use 0 for no cache")
         self.max_bytes = max_bytes
-        self.num_bytes = self.hit_bytes = self.miss_bytes = 0
-        self._chunks: OrderedDict[tuple[Hashable, Roi], np.ndarray] = OrderedDict()
+        self.num_bytes = self.hit_bytes = self.miss_bytes = self.again_bytes = 0
+        self._chunks: OrderedDict[_Name, np.ndarray] = OrderedDict()
+        self._asked: OrderedDict[_Name, int] = OrderedDict()  # bytes of chunks that are not kept
+        self._asked_bytes = 0
         self._volumes: OrderedDict[Hashable, Volume] = OrderedDict()
         self._has_failed = False
 
@@ -65,13 +74,15 @@ class VolumeCache:
         boxes = list(_chunks_of(volume, roi))
         if sum(map(_voxels, boxes)) * voxel_bytes * _LARGEST_SHARE > self.max_bytes:
             return volume.read(roi)
+        there = [box for box in boxes if (key, box) in self._chunks]
+        missing = [box for box in boxes if (key, box) not in self._chunks]
+        to_keep = [box for box in missing if self._was_asked((key, box), _voxels(box) * voxel_bytes)]
+        if missing and not there and not to_keep:
+            self._judge()
+            return volume.read(roi)
         result = np.empty((volume.shape[0], *_extent(roi)), volume.dtype)
-        missing = []
-        for box in boxes:
-            chunk = self._chunks.get((key, box))
-            if chunk is None:
-                missing.append(box)
-                continue
+        for box in there:
+            chunk = self._chunks[(key, box)]
             self._chunks.move_to_end((key, box))
             self.hit_bytes += chunk.nbytes
             _copy_overlap(chunk, box, result, roi)
@@ -81,9 +92,10 @@ class VolumeCache:
             hull = (*low, *high)
             voxels = volume.read(hull)
             _copy_overlap(voxels, hull, result, roi)
-            for box in missing:
-                self._keep((key, box), np.empty((volume.shape[0], *_extent(box)), volume.dtype))
-                _copy_overlap(voxels, hull, self._chunks[(key, box)], box)
+            for box in to_keep:
+                chunk = np.empty((volume.shape[0], *_extent(box)), volume.dtype)
+                _copy_overlap(voxels, hull, chunk, box)
+                self._keep((key, box), chunk)
             self._judge()
         return result
 
@@ -95,21 +107,35 @@ class VolumeCache:
         self._volumes.move_to_end(key)
         return self._volumes[key]
 
-    def _keep(self, key: tuple[Hashable, Roi], chunk: np.ndarray) -> None:
-        self._chunks[key] = chunk
+    def _was_asked(self, name: _Name, num_bytes: int) -> bool:
+        """Whether a chunk that is not kept was asked for lately; else its name is remembered."""
+        self.miss_bytes += num_bytes
+        if self._asked.pop(name, None) is not None:
+            self._asked_bytes -= num_bytes
+            self.again_bytes += num_bytes
+            return True
+        self._asked[name] = num_bytes
+        self._asked_bytes += num_bytes
+        while self._asked_bytes > self.max_bytes:
+            self._asked_bytes -= self._asked.popitem(last=False)[1]
+        return False
+
+    def _keep(self, name: _Name, chunk: np.ndarray) -> None:
+        self._chunks[name] = chunk
         self.num_bytes += chunk.nbytes
-        self.miss_bytes += chunk.nbytes
         while self.num_bytes > self.max_bytes:
             _, oldest = self._chunks.popitem(last=False)
             self.num_bytes -= oldest.nbytes
 
     def _judge(self) -> None:
-        """Give up keeping chunks that nobody asks for again: to copy them costs time and memory."""
+        """Give up on chunks that nobody asks for again."""
         asked = self.hit_bytes + self.miss_bytes
-        if self.miss_bytes > _TRIAL * self.max_bytes and self.hit_bytes < _LEAST_HITS * asked:
+        if self.miss_bytes > _TRIAL * self.max_bytes and self.hit_bytes + self.again_bytes < _LEAST_HITS * asked:
             self._has_failed = True
             self._chunks.clear()
-            self.num_bytes = 0
+            self._asked.clear()
+            self.num_bytes = self._asked_bytes = 0
+            give_back()
 
 
 def _chunks_of(volume: Volume, roi: Sequence[int]) -> Iterator[Roi]:

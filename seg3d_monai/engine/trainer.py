@@ -28,8 +28,8 @@ from monai.engines import SupervisedTrainer
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
+from seg3d_monai.data.freed_memory import keep_freed_memory
 from seg3d_monai.engine.replicas import Replicas, num_processes, rank, reduce_numbers
-from seg3d_monai.inference.freed_memory import keep_freed_memory
 from seg3d_monai.inference.precision import autocast_dtype
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class InstanceTrainer(SupervisedTrainer):
 
     Args:
         device: where the network is; batches are moved there. On the CPU the process keeps memory that it frees, see
-            inference/freed_memory.py.
+            data/freed_memory.py.
         max_epochs: epochs planned, > 0; with max_minutes, the most.
         train_data_loader: iterable with a length, the same in every process; `set_epoch(epoch)` is called first if it
             has one.

@@ -14,9 +14,9 @@ from typing import Any
 import numcodecs
 import numpy as np
 
+from seg3d_monai.data.freed_memory import give_back_at_once
 from seg3d_monai.inference.blocks import BlockPlan, roi_shape
 from seg3d_monai.inference.evidence import label_map
-from seg3d_monai.inference.freed_memory import give_back_at_once
 from seg3d_monai.inference.journal import unpack_instances
 from seg3d_monai.inference.workers import BlockWorker, Predictor, UnreadableBlockError
 

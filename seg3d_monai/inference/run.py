@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from seg3d_monai.data.freed_memory import give_back
 from seg3d_monai.inference.blocks import BlockPlan
-from seg3d_monai.inference.freed_memory import give_back
 from seg3d_monai.inference.journal import DONE, EMPTY, UNREADABLE, Journal
 from seg3d_monai.inference.paint import Stitched, stitch_records
 from seg3d_monai.inference.schedule import Call, Workers, run_calls

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from seg3d_monai.data.freed_memory import give_back_at_once
 from seg3d_monai.data.intensity import check_block
 from seg3d_monai.inference.blocks import Block, BlockPlan, Roi, roi_shape
 from seg3d_monai.inference.evidence import Census, Ints, Links, link_block, take_census
-from seg3d_monai.inference.freed_memory import give_back_at_once
 from seg3d_monai.inference.instances import Instances
 from seg3d_monai.inference.journal import PackedInstance, RowSource, pack_instances
 from seg3d_monai.inference.paint import Claims, paint_block

@@ -387,6 +387,7 @@ def test_a_cache_is_bounded_and_changes_nothing(tmp_path: Path) -> None:
 def test_a_cache_belongs_to_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = CropDataset(toy(tmp_path), num_samples=4)
     expected = dataset[2]
+    assert same(dataset[2], expected)
     assert dataset._cache is not None
     assert dataset._cache.max_bytes == 1 << 30
     assert dataset._cache.num_bytes > 0

@@ -1,8 +1,12 @@
 """Loaders that stop and go on: the same batches as without the stop, and nothing read twice."""
 
 import json
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -40,6 +44,31 @@ def epochs(loader: CropLoader, last: int) -> list[list[list[float]]]:
         loader.set_epoch(epoch)
         found += contents(loader)
     return found
+
+
+class Wasteful(Toy):
+    """Its images tell how many MiB more are resident after 48 MiB were freed from between small things."""
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        before = resident()
+        arrays = [(np.ones(6 * 2**20, np.uint8), np.ones(100_000, np.uint8)) for _ in range(8)]
+        self.small = [small for _, small in arrays]
+        del arrays
+        growth = torch.full((1, 1, 1, 1), (resident() - before) / 1024)
+        return {**super().__getitem__(item), "image": growth}
+
+
+def resident() -> int:
+    """KiB of this process."""
+    found = re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what a process keeps")
+def test_a_worker_keeps_nothing_that_it_frees() -> None:
+    loader = CropLoader(Wasteful(5), batch_size=1, num_workers=1)
+    assert max(float(batch["image"]) for batch in loader) < 6
 
 
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])

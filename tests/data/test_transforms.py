@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from monai.transforms import (
 from seg3d_monai.data.transforms import (
     RandChannelDropd,
     RandCoarseZd,
-    RandPlaneAffined,
     RandTurnPlaned,
     RandWarpd,
     train_transforms,
@@ -36,6 +36,12 @@ def crop(shape: tuple[int, int, int] = SHAPE, channels: int = 1) -> dict[str, to
     label[:, -2:] = 0
     image = np.repeat(label[None].astype(np.float32), channels, axis=0)
     return {"image": torch.from_numpy(image), "label": torch.from_numpy(label[None])}
+
+
+def plane_affine(**options: Any) -> RandWarpd:
+    """A rotation about z and zooms, nothing else."""
+    still = {"tilt_degrees": 0, "shear": 0, "elastic_prob": 0, "affine_prob": 1}
+    return RandWarpd(**(still | options))
 
 
 def test_image_and_label_move_together_and_stay_exact() -> None:
@@ -67,7 +73,7 @@ def test_crops_that_are_not_square_are_not_turned() -> None:
 
 def test_without_affine_a_margin_is_cut_off_at_the_centre() -> None:
     data = crop()
-    result = RandPlaneAffined(crop_size=(4, 10, 12), prob=0.0)(data)
+    result = plane_affine(crop_size=(4, 10, 12), affine_prob=0.0)(data)
     assert torch.equal(result["label"], data["label"][:, 1:5, 5:15, 4:16])
     assert torch.equal(result["image"], data["image"][:, 1:5, 5:15, 4:16])
 
@@ -76,11 +82,11 @@ def test_a_zoom_of_two_doubles_lengths() -> None:
     label = torch.zeros((1, 8, 16, 24), dtype=torch.int32)
     label[:, 2:6, 5:11, 9:15] = 1
     data = {"image": label.float(), "label": label}
-    zoomed = RandPlaneAffined(prob=1.0, rotate_degrees=0.0, scale_range=((1, 1), (1, 1), (2, 2)))(data)
+    zoomed = plane_affine(rotate_degrees=0.0, scale_range=((1, 1), (1, 1), (2, 2)))(data)
     places = torch.nonzero(zoomed["label"][0] == 1)
     assert places.min(0).values.tolist() == [2, 5, 6]
     assert (places.max(0).values + 1).tolist() == [6, 11, 18]
-    shrunk = RandPlaneAffined(prob=1.0, rotate_degrees=0.0, scale_range=((0.5, 0.5), (1, 1), (1, 1)))(data)
+    shrunk = plane_affine(rotate_degrees=0.0, scale_range=((0.5, 0.5), (1, 1), (1, 1)))(data)
     places = torch.nonzero(shrunk["label"][0] == 1)
     assert places.min(0).values.tolist() == [3, 5, 9]
     assert (places.max(0).values + 1).tolist() == [5, 11, 15]
@@ -93,7 +99,7 @@ def test_a_rotation_stays_in_its_plane_and_follows_the_image() -> None:
     label = torch.zeros((1, 5, 33, 33), dtype=torch.int32)
     label[:, 2, 15:18, 4:29] = 7
     data = {"image": label.float(), "label": label}
-    rotate = RandPlaneAffined(prob=1.0, rotate_degrees=40.0, scale_range=((1, 1), (1, 1), (1, 1)))
+    rotate = plane_affine(rotate_degrees=40.0, scale_range=((1, 1), (1, 1), (1, 1)))
     result = rotate.set_random_state(seed=5)(data)
     found = result["label"][0] == 7
     assert found[2].any()
@@ -111,7 +117,7 @@ def test_large_ids_and_ignore_survive_an_affine() -> None:
     label = ids[torch.arange(4).repeat_interleave(6)].reshape(1, 1, 1, 24).expand(1, 6, 16, 24).contiguous()
     label[:, :, :4] = -1
     data = {"image": torch.zeros(1, 6, 16, 24), "label": label.to(torch.int32)}
-    transform = RandPlaneAffined(prob=1.0)
+    transform = plane_affine()
     for seed in range(5):
         result = transform.set_random_state(seed=seed)(data)
         assert result["label"].dtype == torch.int32
@@ -184,13 +190,21 @@ def test_switches_leave_steps_out() -> None:
     assert kinds(turn_planes=("yx", "zx")).count(RandTurnPlaned) == 2
     for still in ({"isotropic_plane": False}, {"turn_prob": 0}, {"turn_planes": ()}):
         assert RandTurnPlaned not in kinds(**still)
-    for unasked in (RandWarpd, RandCoarseZd, RandChannelDropd):
+    for unasked in (RandCoarseZd, RandChannelDropd):
         assert unasked not in kinds()
-    for bent in ({"tilt_degrees": 5}, {"shear": 0.1}, {"elastic_prob": 0.1}):
-        assert RandWarpd in kinds(**bent)
-        assert RandPlaneAffined not in kinds(**bent)
     assert RandCoarseZd in kinds(coarse_z_prob=0.1)
     assert kinds(channel_drop_prob=0.1)[-1] is RandChannelDropd
+
+
+def test_an_unequal_plane_is_turned_only_in_micrometres() -> None:
+    def largest_angle(**options: object) -> float:
+        (warp,) = (step for step in train_transforms(**options).transforms if isinstance(step, RandWarpd))  # type: ignore[arg-type]
+        return float(np.rad2deg(warp._angles[0]))
+
+    assert largest_angle() == pytest.approx(15)
+    assert largest_angle(isotropic_plane=False) == 0
+    for asked in ({"tilt_degrees": 5}, {"shear": 0.1}, {"elastic_prob": 0.1}):
+        assert largest_angle(isotropic_plane=False, **asked) == pytest.approx(15)
 
 
 def test_each_step_has_its_own_probability() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import seg3d_monai
-from seg3d_monai.inference import freed_memory
+from seg3d_monai.data import freed_memory
 
 MEASURE = """
 import sys, threading
@@ -78,7 +78,7 @@ def test_no_thread_of_a_run_keeps_what_it_frees(tmp_path, num_workers, least, mo
 COUNT_FAULTS = """
 import resource, sys
 import torch
-from seg3d_monai.inference import freed_memory
+from seg3d_monai.data import freed_memory
 
 if sys.argv[1] != "nothing":
     assert getattr(freed_memory, sys.argv[1])()

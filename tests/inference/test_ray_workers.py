@@ -29,16 +29,12 @@ class Recorder:
     """A worker that notes in a folder what happens to it, a line an event."""
 
     def __init__(self, folder):
-        self.folder, self.both_here = folder, threading.Barrier(2)
+        self.folder = folder
         note(folder / "made", os.getpid())
 
     def scale(self, array, factor):
         array *= factor  # in place: the worker owns what it gets
         return array
-
-    def meet(self):
-        self.both_here.wait(WAIT)
-        return os.getpid()
 
     def hold(self, name):
         note(self.folder / name, os.getpid())
@@ -74,6 +70,17 @@ def wait_until(holds, seconds=WAIT):
     while not holds():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def hold_all(workers, folder, prefix):
+    """Calls in flight in each process while as many are under way as there may be."""
+    names = [f"{prefix}{number}" for number in range(workers.capacity)]
+    calls = [workers.submit("hold", name) for name in names]
+    wait_until(lambda: all(notes(folder / name) for name in names))  # and none has ended
+    for name in names:
+        (folder / f"{name}.go").touch()
+    assert [call.result(WAIT) for call in calls] == names
+    return Counter(process for name in names for process in notes(folder / name))
 
 
 def free_cpus():
@@ -118,10 +125,9 @@ def shared(local_ray, tmp_path_factory):
 def test_each_process_makes_one_worker_and_runs_two_calls_at_a_time(shared):
     workers, folder = shared
     assert workers.capacity == 4
-    calls = [workers.submit("meet") for _ in range(workers.capacity)]
-    met = Counter(call.result(WAIT) for call in calls)
-    assert sorted(met.values()) == [2, 2]
-    assert sorted(notes(folder / "made")) == sorted(map(str, met))
+    processes = hold_all(workers, folder, "first")
+    assert sorted(processes.values()) == [2, 2]
+    assert sorted(notes(folder / "made")) == sorted(processes)
 
 
 def test_results_equal_direct_calls(shared):
@@ -201,7 +207,7 @@ def test_a_call_that_kills_every_process_fails_alone(shared):
     assert [float(call.result(WAIT)[0]) for call in others] == list(range(11))
     assert len(set(notes(folder / "deadly"))) == MAX_DEATHS
     wait_until(lambda: sum(worker.is_ready for worker in workers._workers) == NUM_WORKERS)
-    assert len({call.result(WAIT) for call in [workers.submit("meet") for _ in range(4)]}) == NUM_WORKERS
+    assert len(hold_all(workers, folder, "last")) == NUM_WORKERS
 
 
 def test_thread_count_and_end(local_ray, tmp_path):

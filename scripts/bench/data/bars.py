@@ -43,7 +43,8 @@ def verdicts(result: Mapping[str, Sequence[Row]]) -> Iterator[Row]:
     for row in result["samples"]:
         yield _at_least(f"samples, {row['augmentation']}", "ours / dense masks", row["ratio"], SAMPLES_BAR)
     for row in result["loader_memory"]:
-        yield _below(f"worker, {row['gigabytes']:.1f} GB volume", "peak, MB", row["peak_mb"], LOADER_MB_BAR)
+        work = f"worker by {row['start']}, {row['gigabytes']:.1f} GB volume"
+        yield _below(work, "peak, MB", row["peak_mb"], LOADER_MB_BAR)
     for row in result["plan"]:
         yield _below(f"plan, {row['data']}", "seconds", row["plan_s"], PLAN_S_BAR)
         if row["minutes"]:

@@ -1,8 +1,9 @@
 """Memory of a loader's worker: it must not grow with the volume whose crops it makes.
 
-A spawned worker makes crops of a volume of 4 GiB and its labels of as many voxels. What it takes of the machine is its
-proportional set size: all pages of its own, and of those that several processes map, such as the code of libraries, its
-share. Resident memory counts the latter in full for each worker; its peak is reported beside it.
+A worker makes crops of a volume of 4 GiB and its labels of as many voxels. What it takes of the machine is its
+proportional set size: all pages of its own, and of those that several processes map, such as libraries and what a fork
+left in common with the training process, its share. Resident memory counts the latter in full for each worker; its peak
+is reported beside it, and so are both for a spawned worker, which imports the libraries anew.
 """
 
 import re
@@ -26,15 +27,16 @@ QUICK_SHAPE, QUICK_TILE, QUICK_PITCH, QUICK_CHUNKS = (32, 128, 128), (16, 64, 64
 CROP, MARGIN, QUICK_CROP, QUICK_MARGIN = (64, 128, 128), (4, 20, 20), (8, 32, 32), (2, 4, 4)
 NUM_CROPS, QUICK_NUM_CROPS = 100, 3
 METHOD = (
-    "Loader memory: one spawned worker of a CropLoader that makes 100 crops of 64x128x128 of a uint16 volume of 4 GiB "
-    "with uint16 labels, Zarr v3 in chunks of 32x128x128, the bundles' augmentation and the default cache. Peak: the "
+    "Loader memory: one worker of a CropLoader that makes 100 crops of 64x128x128 of a uint16 volume of 4 GiB with "
+    "uint16 labels, Zarr v3 in chunks of 32x128x128, the bundles' augmentation and the default cache. Peak: the "
     "largest proportional set size (PSS of smaps_rollup, looked at every 20 ms), Python and libraries included; "
-    "resident: VmHWM."
+    "resident: VmHWM. The worker is forked from the process that loads, as Linux does by default before Python 3.14, "
+    "or spawned."
 )
 
 
 def measure(options: Options) -> list[Row]:
-    """One row: the worker's peak (None where the system does not tell it)."""
+    """A row for each way to start a worker: its peak (None where the system does not tell it)."""
     is_quick = options.is_quick
     crop, margin = (QUICK_CROP, QUICK_MARGIN) if is_quick else (CROP, MARGIN)
     number = QUICK_NUM_CROPS if is_quick else NUM_CROPS
@@ -44,7 +46,14 @@ def measure(options: Options) -> list[Row]:
     dataset = CropDataset(
         index, num_samples=number, crop_size=crop, margin=margin, transform=train_transforms(crop_size=crop)
     )
-    loader = CropLoader(dataset, batch_size=1, num_workers=1, multiprocessing_context="spawn")
+    (record,) = index.volumes()
+    gigabytes = 2 * float(np.prod(record.shape, dtype=np.float64)) / 1e9
+    return [{"gigabytes": gigabytes, "num_crops": number, **_peaks(dataset, start)} for start in ("fork", "spawn")]
+
+
+def _peaks(dataset: CropDataset, start: str) -> Row:
+    """The largest share and resident memory of a worker that was started in a way, MB."""
+    loader = CropLoader(dataset, batch_size=1, num_workers=1, multiprocessing_context=start)
     batches = iter(loader)
     next(batches)  # starts the worker
     iterator: Any = loader._iterator  # torch keeps it, and its worker, for the next epoch
@@ -53,15 +62,11 @@ def measure(options: Options) -> list[Row]:
         for _ in batches:
             pass
     resident = kilobytes(process, "status", "VmHWM")
-    (record,) = index.volumes()
-    return [
-        {
-            "gigabytes": 2 * float(np.prod(record.shape, dtype=np.float64)) / 1e9,
-            "num_crops": number,
-            "peak_mb": None if share.peak is None else share.peak * 1024 / 1e6,
-            "resident_mb": None if resident is None else resident * 1024 / 1e6,
-        }
-    ]
+    return {
+        "start": start,
+        "peak_mb": None if share.peak is None else share.peak * 1024 / 1e6,
+        "resident_mb": None if resident is None else resident * 1024 / 1e6,
+    }
 
 
 def write_data(folder: Path, is_quick: bool, crop: tuple[int, ...]) -> CropIndex:

@@ -108,17 +108,18 @@ def samples_table(rows: Sequence[Row]) -> str:
 
 
 def loader_memory_table(rows: Sequence[Row]) -> str:
-    """Peak of a worker."""
+    """Peaks of workers."""
     lines = [
         [
             f"{row['gigabytes']:.1f} GB",
+            row["start"],
             f"{row['num_crops']}",
             *(report.number(row[key], ",.0f") for key in ("peak_mb", "resident_mb")),
             "",
         ]
         for row in rows
     ]
-    return report.table(lines, ["volume", "crops", "peak MB", "resident MB", ""])
+    return report.table(lines, ["volume", "started by", "crops", "peak MB", "resident MB", ""])
 
 
 def convert_table(rows: Sequence[Row]) -> str:

@@ -2,7 +2,7 @@
 
 glibc takes a large array from the system, which gets it back when it is freed, and a smaller one from the heap of the
 thread that asks. What is freed there stays with that thread, up to 64 MB of it, and as arrays come and go "smaller"
-soon means up to 32 MB. A whole-stack run wants more given back, a training step less.
+soon means up to 32 MB. A whole-stack run and a loader's worker want more given back, a training step less.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ def give_back_at_once() -> bool:
     """Give arrays of more than 4 MB back as soon as they are freed, in this process from now on.
 
     For whole stacks: several threads read, predict and pack, and their heaps would keep as much as several blocks of
-    voxels, the more the longer the run.
+    voxels, the more the longer the run. For a loader's workers: the heap of each would keep more than a crop takes.
 
     Returns:
         Whether the C library could be told.
