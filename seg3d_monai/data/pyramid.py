@@ -210,14 +210,20 @@ def downsample_labels(labels: NDArray[Any], step: Triple) -> NDArray[Any]:
         labels: [d, h, w]; an odd end is continued by its last voxel.
         step: (z, y, x), each 1 or 2.
     """
-    votes = _cells(labels, step)
+    cells = _cells(labels, step)
+    most = cells[0].copy()
+    is_mixed = np.zeros(most.shape, dtype=bool)
+    for cell in cells[1:]:
+        is_mixed |= cell != cells[0]
+    votes = [cell[is_mixed] for cell in cells]  # few: most cells hold one id
     best, best_count = votes[0], np.zeros(votes[0].shape, dtype=np.uint8)
     for vote in votes:
         count = np.sum([vote == other for other in votes], axis=0, dtype=np.uint8)
         lower = (vote > 0) & ((best == 0) | (vote < best))
         better = (count > best_count) | ((count == best_count) & lower)
         best, best_count = np.where(better, vote, best), np.maximum(count, best_count)
-    return best
+    most[is_mixed] = best
+    return most
 
 
 def downsample_image(image: NDArray[Any], step: Triple) -> NDArray[Any]:
