@@ -3,26 +3,20 @@
 Must not know the network: detections are {"boxes", "scores", "classes", "mask_logits"} in the frame of one image.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from seg3d_monai.inference.blocks import Roi, intersection, roi_slices
+from seg3d_monai.inference.blocks import intersection, roi_slices
 from seg3d_monai.inference.crowding import Found
-from seg3d_monai.inference.mask_paste import logits_array, paste_mask, resample_logits
+from seg3d_monai.inference.mask_paste import PlacedMask, logits_array, placed_masks, resample_logits
 
 AXES = ("z", "y", "x")
 SAME_OBJECT_IOU = 0.3
 """Mask IoU from which detections of two views are one object: masks of neighbours share far less, those of a cell of a
 few voxels no more where two views differ by a voxel."""
-
-PlacedMask = tuple[Roi, NDArray[np.bool_]]
-"""The voxels that a mask spans, and the mask over them."""
 
 
 def merge_views(views: Sequence[Found], *, score_threshold: float, mask_threshold: float) -> Found:
@@ -84,7 +78,7 @@ def _objects(found: Found, view_of: Sequence[int], score_threshold: float, mask_
         is_too_low = scores[i] < score_threshold  # to begin an object, whose mean is at most its first score
         if is_too_low and not near:
             continue
-        mask = placed_mask(found["mask_logits"][i], found["boxes"][i], mask_threshold)
+        (mask,) = placed_masks([found["mask_logits"][i]], found["boxes"][i : i + 1], mask_threshold)
         iou = {k: _mask_iou(mask, masks[k]) for k in near}
         best = max(iou, key=iou.__getitem__, default=count)
         if iou.get(best, 0) >= SAME_OBJECT_IOU:
@@ -112,25 +106,6 @@ def mirrored(found: Found, axes: Sequence[int], size: Sequence[int]) -> Found:
     for axis in axes:
         boxes[:, [axis, axis + 3]] = size[axis] - boxes[:, [axis + 3, axis]]
     return found | {"boxes": boxes, "mask_logits": [grid.flip(list(axes)) for grid in found["mask_logits"]]}
-
-
-def placed_mask(logits: Tensor, box: Tensor, threshold: float) -> PlacedMask:
-    """The voxels that a box touches, and the mask over them.
-
-    Args:
-        logits: float [d, h, w] over the box.
-        box: float [6], voxels.
-        threshold: probability at which a voxel belongs to the mask.
-
-    Raises:
-        ValueError: if the box is not finite.
-    """
-    corners = box.tolist()
-    if not all(map(math.isfinite, corners)):
-        raise ValueError(f"the network returned the box {corners}; check its weights, or turn amp off")
-    mask = paste_mask(logits, box, threshold).numpy()
-    z, y, x = map(math.floor, corners[:3])
-    return (z, y, x, z + mask.shape[0], y + mask.shape[1], x + mask.shape[2]), mask
 
 
 def _mask_iou(first: PlacedMask, second: PlacedMask) -> float:

@@ -1,37 +1,37 @@
-"""From mask logits on a detection's grid to a voxel mask over its box. Must not know models."""
+"""From mask logits on a detection's grid to a voxel mask over its box, or to another grid. Must not know models."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from seg3d_monai.inference.blocks import Roi
+from seg3d_monai.ops import paste_masks3d
+
 Grid = NDArray[np.floating[Any]]
+PlacedMask = tuple[Roi, NDArray[np.bool_]]
+"""The voxels that a mask spans, and the mask over them."""
 
 
-def paste_mask(logits: Tensor, box: Tensor, threshold: float = 0.5) -> Tensor:
-    """Voxels of one detection: logits interpolated at voxel centres, then thresholded.
+def placed_masks(logits: Tensor | Sequence[Tensor], boxes: Tensor, threshold: float) -> list[PlacedMask]:
+    """The voxels that each box touches, and the mask over them; see `seg3d_monai.ops.paste_masks3d`.
 
     Args:
-        logits: float [d, h, w]; the grid spans the box, bin centres at (i + 0.5) / d of its extent.
-        box: float [6], voxels, half-open.
-        threshold: probability at which a voxel belongs to the object, in (0, 1).
+        logits: float [N, d, h, w] over the boxes, or N grids.
+        boxes: float [N, 6], voxels.
+        threshold: probability at which a voxel belongs to the mask.
 
-    Returns:
-        bool, on the CPU, over floor(lower corner) .. ceil(upper corner); voxels whose centre lies outside the box are
-        False.
+    Raises:
+        ValueError: if a box is not finite.
     """
-    corners = box.tolist()
-    lower, upper = [math.floor(v) for v in corners[:3]], [math.ceil(v) for v in corners[3:]]
-    inside = [math.ceil(v - 0.5) for v in corners]  # the voxels whose centres the half-open box holds
-    value = resample_logits(logits_array(logits), corners, inside, [inside[a + 3] - inside[a] for a in range(3)])
-    mask = np.zeros([b - a for a, b in zip(lower, upper, strict=True)], dtype=bool)
-    window = tuple(slice(inside[a] - lower[a], inside[a + 3] - lower[a]) for a in range(3))
-    np.greater(value, math.log(threshold / (1 - threshold)), out=mask[window])
-    return torch.from_numpy(mask)
+    if not bool(torch.isfinite(boxes).all()):
+        corners = boxes[~torch.isfinite(boxes).all(1)][0].tolist()
+        raise ValueError(f"the network returned the box {corners}; check its weights, or turn amp off")
+    rois, masks = paste_masks3d(logits, boxes, threshold)
+    return [(cast(Roi, tuple(roi)), mask.numpy()) for roi, mask in zip(rois.tolist(), masks, strict=True)]
 
 
 def logits_array(logits: Tensor) -> Grid:

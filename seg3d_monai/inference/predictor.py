@@ -17,8 +17,9 @@ from seg3d_monai.data.intensity import Intensity, measure_intensity
 from seg3d_monai.data.volume import Volume
 from seg3d_monai.inference.blocks import roi_slices
 from seg3d_monai.inference.crowding import Found, detect_batch
-from seg3d_monai.inference.flips import AXES, flip_combinations, merge_views, mirrored, placed_mask
+from seg3d_monai.inference.flips import AXES, flip_combinations, merge_views, mirrored
 from seg3d_monai.inference.instances import Instances
+from seg3d_monai.inference.mask_paste import placed_masks
 from seg3d_monai.inference.precision import autocast_dtype
 
 
@@ -198,10 +199,11 @@ class InstancePredictor:
         boxes, masks, kept = found["boxes"].float(), [], []
         scores = found["scores"].tolist()
         claimed = np.zeros(tuple(size), dtype=bool)
-        for i in found["scores"].argsort(descending=True, stable=True).tolist():
-            if scores[i] < self.score_threshold:
-                break
-            roi, mask = placed_mask(found["mask_logits"][i], boxes[i], self.mask_threshold)
+        by_score = found["scores"].argsort(descending=True, stable=True).tolist()
+        rows = [i for i in by_score if scores[i] >= self.score_threshold]
+        logits = found["mask_logits"]
+        grids = logits[rows] if isinstance(logits, Tensor) else [logits[i] for i in rows]
+        for i, (roi, mask) in zip(rows, placed_masks(grids, boxes[rows], self.mask_threshold), strict=True):
             voxels = np.count_nonzero(mask)
             if voxels < self.min_voxels:
                 continue

@@ -6,6 +6,7 @@ from seg3d_monai.ops.mask_targets3d import mask_targets3d
 from seg3d_monai.ops.match_boxes3d import match_boxes3d
 from seg3d_monai.ops.ms_deform_attn3d import ms_deform_attn3d
 from seg3d_monai.ops.nms3d import batched_nms3d, nms3d
+from seg3d_monai.ops.paste_masks3d import paste_masks3d
 from seg3d_monai.ops.registration import status
 from seg3d_monai.ops.roi_align3d import roi_align3d
 
@@ -17,6 +18,7 @@ __all__ = [
     "match_boxes3d",
     "ms_deform_attn3d",
     "nms3d",
+    "paste_masks3d",
     "roi_align3d",
     "status",
 ]

@@ -201,6 +201,28 @@ def mask_targets3d(
     return occupancy, valid
 
 
+def paste_masks3d(logits: Tensor, sizes: Tensor, boxes: Tensor, cut: float) -> tuple[Tensor, Tensor]:
+    """Regions [N, 6] and voxels [V] of the masks of all detections; see `seg3d_monai.ops.paste_masks3d`."""
+    rois = torch.cat([boxes[:, :3].floor(), boxes[:, 3:].ceil()], 1).long()
+    inside = (boxes - 0.5).ceil().long()  # the voxels whose centres the box holds
+    grids = logits.split(sizes.prod(1).tolist())
+    masks = [logits.new_empty(0, dtype=torch.bool)]
+    for grid, size, box, roi, window in zip(grids, sizes.tolist(), boxes, rois, inside, strict=True):
+        value = grid.view(size)
+        for axis, bins in enumerate(size):
+            centre = torch.arange(int(window[axis]), int(window[axis + 3]), device=boxes.device) + 0.5 - box[axis]
+            bins_per_voxel = bins / (box[axis + 3] - box[axis]).clamp(min=1e-6)
+            position = (centre * bins_per_voxel - 0.5).clamp(0, bins - 1)
+            weight = 1 - (torch.arange(bins, device=boxes.device)[:, None] - position).abs()
+            # The first axis is contracted and comes back as the last: after three rounds they stand as before.
+            value = torch.tensordot(value, weight.clamp(min=0).to(value.dtype), dims=([0], [0]))
+        mask = torch.zeros((roi[3:] - roi[:3]).tolist(), dtype=torch.bool, device=logits.device)
+        low, high = (window[:3] - roi[:3]).tolist(), (window[3:] - roi[:3]).tolist()
+        mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = value > cut
+        masks.append(mask.flatten())
+    return rois, torch.cat(masks)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
     """Norm each row of x [..., C]; see `seg3d_monai.ops.layer_norm`."""
     accumulate = torch.promote_types(x.dtype, torch.float32)

@@ -25,6 +25,7 @@ REFERENCE_KERNELS: dict[str, Callable[..., Any]] = {
     "batched_nms3d": reference.batched_nms3d,
     "match_boxes3d": reference.match_boxes3d,
     "mask_targets3d": reference.mask_targets3d,
+    "paste_masks3d": reference.paste_masks3d,
     "layer_norm": reference.layer_norm,
     "layer_norm_backward": reference.layer_norm_backward,
     "group_norm": reference.group_norm,
@@ -36,6 +37,7 @@ PUBLIC = (
     "batched_nms3d",
     "match_boxes3d",
     "mask_targets3d",
+    "paste_masks3d",
     "ms_deform_attn3d",
     "layer_norm",
     "group_norm",
@@ -43,6 +45,7 @@ PUBLIC = (
 PLAIN_ON_CUDA = (
     "match_boxes3d",
     "mask_targets3d",
+    "paste_masks3d",
     "layer_norm",
     "layer_norm_backward",
     "group_norm",
@@ -176,6 +179,12 @@ def _mask_targets3d_fake(
 ) -> tuple[Tensor, Tensor]:
     size = (boxes.shape[0], out_d, out_h, out_w)
     return boxes.new_empty(size), boxes.new_empty(size, dtype=torch.bool)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::paste_masks3d")
+def _paste_masks3d_fake(logits: Tensor, sizes: Tensor, boxes: Tensor, cut: float) -> tuple[Tensor, Tensor]:
+    num_voxels = torch.library.get_ctx().new_dynamic_size()
+    return sizes.new_empty(boxes.shape), sizes.new_empty((num_voxels,), dtype=torch.bool)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::layer_norm")
