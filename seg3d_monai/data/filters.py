@@ -112,10 +112,11 @@ class Filter:
         if not isinstance(expression, str):
             found = type(expression).__name__
             raise TypeError(f"where={expression!r} is a {found}; give a filter expression as a string")
+        compiler = _Compiler(expression, columns)
         try:
-            tree = ast.parse(expression.strip(), mode="eval")
-            compiler = _Compiler(expression, columns)
-            self._condition = compiler.condition(tree.body)
+            if "\0" in expression:  # which ast.parse refuses with another error in each Python
+                raise SyntaxError("it holds a null byte")
+            self._condition = compiler.condition(ast.parse(expression.strip(), mode="eval").body)
         except (SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"where={expression!r} is not a filter expression: {error}; {_GRAMMAR}") from None
         self.names = frozenset(compiler.names)
