@@ -6,9 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seg3d_monai.ops.arguments import check_boxes, check_tensor
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from seg3d_monai.ops.arguments import FLOATING, check_boxes, check_tensor, check_values_finite
 
 
 def paste_masks3d(
@@ -33,27 +31,28 @@ def paste_masks3d(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes do not fit, a box is not finite or its corners are swapped, or the threshold is out of range.
     """
-    check_boxes("boxes", boxes, _DTYPES)
+    check_boxes("boxes", boxes, FLOATING)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be a probability between 0 and 1, got {threshold!r}")
     if len(logits) != len(boxes):
         raise ValueError(f"logits must have one grid per box, got {len(logits)} for {len(boxes)} boxes")
     if isinstance(logits, Tensor):
-        check_tensor("logits", logits, "N, d, h, w", _DTYPES)
+        check_tensor("logits", logits, "N, d, h, w", FLOATING)
         shapes = [logits.shape[1:]] * len(boxes)
         values = logits.detach().reshape(-1)
     else:
         for grid in logits:
-            check_tensor("a grid of logits", grid, "d, h, w", _DTYPES)
+            check_tensor("a grid of logits", grid, "d, h, w", FLOATING)
         shapes = [grid.shape for grid in logits]
         values = torch.cat([grid.detach().reshape(-1) for grid in logits]) if logits else boxes.new_empty(0)
     if any(0 in shape for shape in shapes):
         raise ValueError("a grid of logits has no bin on an axis; give at least one")
     corners = boxes.detach().cpu().double()
-    is_box = torch.isfinite(corners).all(1) & (corners[:, :3] <= corners[:, 3:]).all(1)
-    if not bool(is_box.all()):
-        row = int((~is_box).nonzero()[0])
-        raise ValueError(f"boxes[{row}] = {corners[row].tolist()} is not finite, or its corners are swapped")
+    check_values_finite("boxes", corners)
+    is_swapped = (corners[:, :3] > corners[:, 3:]).any(1)
+    if bool(is_swapped.any()):
+        row = int(is_swapped.nonzero()[0])
+        raise ValueError(f"boxes[{row}] = {corners[row].tolist()} has its corners swapped; give the lower one first")
     values = (values if values.dtype == torch.float64 else values.float()).cpu()
     sizes = torch.tensor([tuple(shape) for shape in shapes], dtype=torch.int64).reshape(-1, 3)
     rois, voxels = torch.ops.seg3d.paste_masks3d(values, sizes, corners, math.log(threshold / (1 - threshold)))
