@@ -1,6 +1,8 @@
 """Imports point one way: every import of the package is walked and held against the rooms of the design."""
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,3 +163,13 @@ def test_nothing_but_the_network_finds_objects_in_the_prediction_path() -> None:
         if module.split(".")[1] in rooms:
             assert not classical & set(item.name.split(".")), f"{module}:{item.line} imports {item.name}"
             assert item.name not in labellers, f"{module}:{item.line} imports {item.name}"
+
+
+def test_a_process_that_predicts_with_a_convolutional_detector_does_not_import_monai() -> None:
+    """MONAI takes two seconds to import, and every worker of a prediction would."""
+    code = (
+        "import sys; from seg3d_monai.models import maskrcnn3d_tiny; import seg3d_monai.inference; maskrcnn3d_tiny(); "
+        "sys.exit(sorted({'monai', 'nibabel', 'ignite'} & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

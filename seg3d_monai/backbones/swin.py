@@ -4,6 +4,8 @@ MONAI's `SwinTransformer` is built and its blocks are run in their order here, f
 returns what comes after a stage's patch merging, so that the finest level would be bare patches that no block has seen;
 its merging halves all axes, which anisotropic voxels do not want; and where a level is smaller than the window it clips
 the window and then reads wrong rows of the table of relative positions, so such a level is padded to the window.
+
+MONAI is imported where a Swin is made: it takes two seconds, which processes with other networks need not pay.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +13,6 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.swin_unetr import SwinTransformer, compute_mask, get_window_size
 from torch import Tensor, nn
 
 from seg3d_monai.backbones.patches import pad_to_multiple
@@ -78,6 +79,8 @@ class Swin(nn.Module):
         window_size: Sequence[int] = (4, 6, 6),
         activation_checkpointing: bool = False,
     ) -> None:
+        from monai.networks.nets.swin_unetr import SwinTransformer
+
         super().__init__()
         if not len(depths) == len(num_heads) == len(merge_strides) + 1 or not 1 <= len(depths) <= 4:
             raise ValueError(
@@ -131,6 +134,8 @@ class Swin(nn.Module):
 
     def _run_blocks(self, stage: nn.Module, x: Tensor) -> Tensor:
         """The blocks of a stage on [N, D, H, W, C]."""
+        from monai.networks.nets.swin_unetr import compute_mask, get_window_size
+
         depth, height, width = x.shape[1:4]
         missing = [max(w - n, 0) for w, n in zip(self.window_size, x.shape[1:4], strict=True)]
         x = F.pad(x, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))

@@ -5,6 +5,8 @@ in the order (..., z, y, x) as everywhere else. Orientation matrices are left al
 
 A `.nii.gz` cannot be read by the region: gzip starts at the beginning. It is decompressed as a whole at the first read,
 with a warning where it is large, and the last two such volumes are kept in memory.
+
+nibabel is imported where a file is opened: it takes a tenth of a second, which processes without NIfTI need not pay.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 
 from seg3d_monai.data.stored_array import UNKNOWN_AXIS, StoredArray, StoredLevel, find_level, micrometres
@@ -39,6 +40,8 @@ class NiftiArray(StoredArray):
     """
 
     def __init__(self, path: str | Path, level: int | str = 0) -> None:
+        import nibabel
+
         try:
             image: Any = nibabel.load(path)
         except Exception as error:
@@ -102,6 +105,8 @@ class NiftiArray(StoredArray):
 @lru_cache(maxsize=2)
 def _decompressed(path: str, num_bytes: int, modified: int, dtype: str) -> np.ndarray:
     """All voxels, scaled as the header says; size and time only tell whether the file is still the same."""
+    import nibabel
+
     stored: Any = nibabel.load(path).dataobj  # type: ignore[attr-defined]
     raw = np.asarray(stored.get_unscaled()).T
     if (stored.slope, stored.inter) == (1.0, 0.0):

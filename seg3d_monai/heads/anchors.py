@@ -1,13 +1,12 @@
-"""Anchors of a feature pyramid, on MONAI's generator.
+"""Anchors of a feature pyramid (Ren et al. 2015; Lin et al. 2017), any shapes and any stride per axis and level.
 
-MONAI derives a level's stride as `image size // feature size`, which is wrong wherever a size is not a multiple of the
-stride (51 // 26 = 1); the backbone's own strides are passed instead.
+MONAI's generator is not used: it derives a level's stride as `image size // feature size`, which is wrong wherever a
+size is not a multiple of the stride (51 // 26 = 1), and to import it costs every process that predicts two seconds.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape
 from torch import Tensor, nn
 
 
@@ -37,13 +36,10 @@ class AnchorGrid(nn.Module):
         self.num_anchors = len(shapes[0])
         self.strides = dict(strides)
         half = torch.tensor(shapes, dtype=torch.float32) / 2
-        # The generator centres cell i at i * stride + stride // 2; RoIAlign's cells are at (i + 0.5) * stride.
-        shift = torch.tensor([[s / 2 - s // 2 for s in stride] for stride in strides.values()])[:, None]
         # A buffer: trained weights know what their deltas refer to, whatever the config says by then.
-        self.register_buffer("cell_anchors", torch.cat([shift - half, shift + half], 2))
+        self.register_buffer("cell_anchors", torch.cat([-half, half], 2))
         self.steps: Tensor
         self.register_buffer("steps", torch.tensor(list(strides.values())), persistent=False)
-        self._generator = AnchorGeneratorWithAnchorShape(feature_map_scales=(1,), base_anchor_shapes=shapes[0])
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
@@ -51,6 +47,14 @@ class AnchorGrid(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """{level: [N, C, D, H, W]} -> for each level, [D * H * W * num_anchors, 6] boxes in input voxels, float32."""
-        sizes = [list(features[level].shape[2:]) for level in self.strides]
-        self._generator.cell_anchors = list(self.cell_anchors.float())  # a network in half precision casts its buffers
-        return self._generator.grid_anchors(sizes, [list(step) for step in self.steps])
+        return [
+            self._grid(features[level].shape[2:], step, shapes.float())  # a network in half precision casts its buffers
+            for level, step, shapes in zip(self.strides, self.steps, self.cell_anchors, strict=True)
+        ]
+
+    @staticmethod
+    def _grid(size: Sequence[int], step: Tensor, shapes: Tensor) -> Tensor:
+        """`shapes` [A, 6] at every cell of a level of `size` (D, H, W), z slowest and the shapes fastest."""
+        cells = torch.cartesian_prod(*(torch.arange(n, device=shapes.device) for n in size))
+        middle = (cells + 0.5) * step  # as RoIAlign places cells
+        return (middle.repeat(1, 2)[:, None] + shapes).flatten(0, 1)
