@@ -19,6 +19,8 @@ STABLE_TORCH_LIBRARY(seg3d, m) {
   m.def(
       "mask_targets3d(Tensor label, Tensor ids, Tensor boxes, SymInt out_d, SymInt out_h, SymInt out_w) -> (Tensor, "
       "Tensor)");
+  m.def("label_pairs(Tensor a, Tensor b) -> (Tensor, Tensor)");
+  m.def("label_extents(Tensor labels, int num_labels) -> Tensor");
   m.def("paste_masks3d(Tensor logits, Tensor sizes, Tensor boxes, float cut) -> (Tensor, Tensor)");
   m.def(
       "ms_deform_attn3d(Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) -> "

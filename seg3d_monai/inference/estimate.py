@@ -8,17 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 import numcodecs
 import numpy as np
 
-from seg3d_monai.data.freed_memory import give_back_at_once
 from seg3d_monai.inference.blocks import BlockPlan, roi_shape
 from seg3d_monai.inference.evidence import label_map
 from seg3d_monai.inference.journal import unpack_instances
-from seg3d_monai.inference.workers import BlockWorker, Predictor, UnreadableBlockError
+from seg3d_monai.inference.workers import BlockWorker, Predictor, UnreadableBlockError, worker_of_a_run
 
 BYTES_OF_AN_INSTANCE = 250
 """While the stack is stitched."""
@@ -75,8 +75,7 @@ def estimate_run(
     Raises:
         UnreadableBlockError: if the block cannot be read.
     """
-    give_back_at_once()  # as a run does
-    worker = BlockWorker(plan, volumes, predictors, min_score)
+    worker = worker_of_a_run(partial(BlockWorker, plan, volumes, predictors, min_score))
     i, j, k = (n // 2 for n in plan.grid)
     block = plan[(i * plan.grid[1] + j) * plan.grid[2] + k]
     for _ in range(2):

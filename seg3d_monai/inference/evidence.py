@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
@@ -18,13 +19,12 @@ from scipy.sparse.csgraph import connected_components
 
 from seg3d_monai.inference.blocks import BlockPlan, Roi, intersection, roi_shape, roi_slices
 from seg3d_monai.inference.instances import PlacedInstance
+from seg3d_monai.ops import label_extents, label_pairs
 
 MIN_IOU = 0.2
 MIN_IOU_DEFERRING = 0.05
 PRIOR_VOXELS = 8
 """A link over a handful of voxels is weaker evidence than its IoU says."""
-_COUNTED_AT_A_TIME = 2**16
-"""Voxels; numpy counts in int64, which for a whole block would be several times its labels."""
 
 Ints = NDArray[np.int64]
 
@@ -125,7 +125,7 @@ def take_census(plan: BlockPlan, block: int, instances: Sequence[PlacedInstance]
     for owner in plan.owners(plan[block]):
         shared = intersection(plan[owner].owned, read)
         assert shared is not None
-        counts = count_labels(labels[roi_slices(shared, read[:3])], span + 1)[1:]
+        counts = label_extents(torch.from_numpy(labels[roi_slices(shared, read[:3])]), span).voxels.numpy()
         if owner == block:
             census.own[:] = counts
             continue
@@ -168,8 +168,10 @@ def _link_pair(
     assert shared is not None
     labels_a = label_map(source.instances(a, shared, min_score), shared)
     labels_b = label_map(source.instances(b, shared, min_score), shared)
-    in_a, in_b, overlap = count_pairs(labels_a, labels_b)
-    size_a, size_b = count_labels(labels_a, len(homes[a]) + 1), count_labels(labels_b, len(homes[b]) + 1)
+    in_a, in_b, voxels = count_pairs(labels_a, labels_b)
+    size_a, size_b = np.bincount(in_a, voxels), np.bincount(in_b, voxels)
+    both = (in_a > 0) & (in_b > 0)
+    in_a, in_b, overlap = in_a[both], in_b[both], voxels[both]
     union = size_a[in_a] + size_b[in_b] - overlap
     iou = overlap / union
     theirs, mine = in_a - 1, in_b - 1
@@ -184,21 +186,8 @@ def _link_pair(
     )
 
 
-def count_labels(labels: NDArray[np.integer], num_labels: int) -> Ints:
-    """How many voxels each label has.
-
-    Args:
-        labels: of any shape, 0 to num_labels - 1.
-        num_labels: number of labels.
-    """
-    counts = np.zeros(num_labels, np.int64)
-    for part in _parts(labels):
-        counts += np.bincount(part, minlength=num_labels)
-    return counts
-
-
-def count_pairs(a: NDArray[np.integer], b: NDArray[np.integer]) -> tuple[Ints, Ints, Ints]:
-    """Which pairs of labels above 0 share voxels, and how many, ordered by a, then b.
+def count_pairs(a: NDArray[np.int32], b: NDArray[np.int32]) -> tuple[Ints, Ints, Ints]:
+    """Which pairs of labels share voxels, and how many, background included; ordered by a, then b.
 
     Args:
         a: labels of any shape, 0 = background.
@@ -207,22 +196,9 @@ def count_pairs(a: NDArray[np.integer], b: NDArray[np.integer]) -> tuple[Ints, I
     Returns:
         Labels of a, labels of b, numbers of voxels, [pairs] each.
     """
-    stride = int(b.max(initial=0)) + 1
-    found, numbers = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for part_a, part_b in _parts(a, b):
-        both = np.flatnonzero((part_a != 0) & (part_b != 0))
-        keys, counts = np.unique(part_a[both].astype(np.int64) * stride + part_b[both], return_counts=True)
-        found.append(keys)
-        numbers.append(counts)
-    keys, place = np.unique(np.concatenate(found), return_inverse=True)
-    counts = np.zeros(len(keys), np.int64)
-    np.add.at(counts, place, np.concatenate(numbers))
-    return keys // stride, keys % stride, counts
-
-
-def _parts(*arrays: NDArray[np.integer]) -> np.nditer:
-    """The voxels of arrays of one shape, flat, a few at a time."""
-    return np.nditer(arrays, ["external_loop", "buffered", "zerosize_ok"], buffersize=_COUNTED_AT_A_TIME)
+    flat = (1, 1, -1) if a.ndim != 3 else a.shape
+    pairs, counts = label_pairs(torch.from_numpy(a.reshape(flat)), torch.from_numpy(b.reshape(flat)))
+    return pairs[:, 0].numpy(), pairs[:, 1].numpy(), counts.numpy()
 
 
 def _assign(rows: Ints, columns: Ints, weight: NDArray[np.float64]) -> Ints:

@@ -365,6 +365,7 @@ def connect(ray: Any, address: str | None, *, num_cpus: int) -> None:
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unless its user says so
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # else an idle process for each CPU asked for
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # one heap for all threads of a worker: data/freed_memory.py
         ray.init(
             address="local",  # None would join a cluster named by RAY_ADDRESS
             num_cpus=num_cpus,

@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from seg3d_monai.inference.blocks import BlockPlan, Roi
+from seg3d_monai.ops import label_extents
 
 FORMATS = ("parquet", "csv")
 _ROWS = 2**16  # of a row group: small beside a block of voxels
@@ -42,29 +43,25 @@ class ObjectCounts:
     upper: NDArray[np.int32]
 
 
-def count_objects(slots: NDArray[np.integer], ids: NDArray[np.int64], roi: Roi) -> ObjectCounts:
+def count_objects(slots: NDArray[np.int32], ids: NDArray[np.int64], roi: Roi) -> ObjectCounts:
     """Count a painted ROI.
 
     Args:
-        slots: [d, h, w] index into `ids`.
+        slots: int32 [d, h, w] index into `ids`.
         ids: ascending; `ids[0]` is 0, background.
         roi: where it lies, volume voxels.
     """
-    boxes = ndimage.find_objects(slots, max_label=len(ids) - 1)
-    present = [slot for slot, box in enumerate(boxes, start=1) if box is not None]
-    voxels, sums = np.zeros(len(present), np.int64), np.zeros((len(present), 3), np.int64)
-    lower, upper = np.zeros((len(present), 3), np.int32), np.zeros((len(present), 3), np.int32)
-    for row, slot in enumerate(present):
-        box = boxes[slot - 1]
-        mask = slots[box] == slot
-        planes = mask.sum(axis=2)  # along the innermost axis first, once for the other two
-        along = planes.sum(axis=1), planes.sum(axis=0), mask.sum(axis=(0, 1))
-        voxels[row] = along[0].sum()
-        for axis, count in enumerate(along):
-            lower[row, axis] = roi[axis] + box[axis].start
-            upper[row, axis] = roi[axis] + box[axis].stop
-            sums[row, axis] = (count * np.arange(lower[row, axis], upper[row, axis])).sum()
-    return ObjectCounts(ids[present], voxels, sums, lower, upper)
+    extents = label_extents(torch.from_numpy(slots), len(ids) - 1)
+    present = np.flatnonzero(extents.voxels.numpy())
+    voxels, sums, lower, upper = (column.numpy()[present] for column in extents)
+    origin = np.array(roi[:3])
+    return ObjectCounts(
+        ids=ids[present + 1],
+        voxels=voxels,
+        sums=sums + voxels[:, None] * origin,
+        lower=(lower + origin).astype(np.int32),
+        upper=(upper + origin).astype(np.int32),
+    )
 
 
 class ObjectTotals:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from seg3d_monai.data.freed_memory import give_back_at_once
+from seg3d_monai.data.freed_memory import main_heap_thread, share_one_heap
 from seg3d_monai.data.intensity import check_block
 from seg3d_monai.inference.blocks import Block, BlockPlan, Roi, roi_shape
 from seg3d_monai.inference.evidence import Census, Ints, Links, link_block, take_census
@@ -69,17 +69,25 @@ class BlockWorker:
         predictors: (float32 Tensor [C, d, h, w] of raw voxels, roi read) -> Instances in the block's frame, one for
             each time point.
         min_score: instances below it do not exist.
+        network_thread: one thread, closed with the worker; None begins one.
     """
 
     def __init__(
-        self, plan: BlockPlan, volumes: Sequence[Any], predictors: Sequence[Predictor], min_score: float | None = None
+        self,
+        plan: BlockPlan,
+        volumes: Sequence[Any],
+        predictors: Sequence[Predictor],
+        min_score: float | None = None,
+        network_thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self._plan = plan
         self._volumes = volumes
         self._predictors = predictors
         self._min_score = min_score
         # Always the same thread: every thread would keep the memory of a forward pass for itself.
-        self._network = ThreadPoolExecutor(1, "network", torch.set_num_threads, (torch.get_num_threads(),))
+        self._network = network_thread or ThreadPoolExecutor(
+            1, "network", torch.set_num_threads, (torch.get_num_threads(),)
+        )
 
     def predict(self, indices: Sequence[int]) -> list[tuple[list[PackedInstance], Census] | UnreadableBlockError]:
         """Read and predict blocks, together if the predictor has `predict_batch` and there are several.
@@ -191,10 +199,10 @@ class ThreadWorkers:
 
 
 def start_workers(
-    make_worker: Callable[[], BlockWorker], num_workers: int, address: str | None, gpus: float
+    make_worker: Callable[..., BlockWorker], num_workers: int, address: str | None, gpus: float
 ) -> Workers:
     """A thread of this process, or several processes on Ray; `predict_volume` describes the arguments."""
-    make_worker = partial(_make_worker, make_worker)
+    make_worker = partial(worker_of_a_run, make_worker)
     if num_workers == 1 and address is None:
         return ThreadWorkers(make_worker())
     from seg3d_monai.inference.ray_workers import RayWorkers
@@ -208,10 +216,11 @@ def start_workers(
     )
 
 
-def _make_worker(make_worker: Callable[[], BlockWorker]) -> BlockWorker:
-    """Make a worker in the process in which it works."""
-    give_back_at_once()
-    return make_worker()
+def worker_of_a_run(make_worker: Callable[..., BlockWorker]) -> BlockWorker:
+    """Make a worker in the process in which it works; `make_worker` takes the keyword `network_thread`."""
+    share_one_heap()
+    thread = main_heap_thread("network", torch.set_num_threads, torch.get_num_threads())
+    return make_worker(network_thread=thread)
 
 
 def no_predictor(block: torch.Tensor, roi: Roi) -> Any:

@@ -223,6 +223,33 @@ def paste_masks3d(logits: Tensor, sizes: Tensor, boxes: Tensor, cut: float) -> t
     return rois, torch.cat(masks)
 
 
+def label_pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of labels [P, 2] and their numbers of voxels [P]; see `seg3d_monai.ops.label_pairs`."""
+    if a.numel() and min(int(a.min()), int(b.min())) < 0:
+        raise RuntimeError("label_pairs: a label is negative")
+    keys, counts = (a.long().flatten() << 32 | b.long().flatten()).unique(return_counts=True)
+    return torch.stack([keys >> 32, keys & 0xFFFFFFFF], 1), counts
+
+
+def label_extents(labels: Tensor, num_labels: int) -> Tensor:
+    """Voxels, sums of coordinates, lower and upper corners [L, 10]; see `seg3d_monai.ops.label_extents`."""
+    where = labels.nonzero()
+    values = labels[tuple(where.T)].long()
+    if len(values) and not 1 <= int(values.min()) <= int(values.max()) <= num_labels:
+        raise RuntimeError("label_extents: a label is not in 0 to num_labels")
+    row = (values - 1)[:, None].expand(-1, 3)
+    empty = where.new_zeros((num_labels, 3))
+    return torch.cat(
+        [
+            torch.bincount(values - 1, minlength=num_labels)[:num_labels, None],
+            empty.scatter_add(0, row, where),
+            empty.scatter_reduce(0, row, where, "amin", include_self=False),
+            empty.scatter_reduce(0, row, where + 1, "amax", include_self=False),
+        ],
+        1,
+    )
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
     """Norm each row of x [..., C]; see `seg3d_monai.ops.layer_norm`."""
     accumulate = torch.promote_types(x.dtype, torch.float32)

@@ -26,6 +26,8 @@ REFERENCE_KERNELS: dict[str, Callable[..., Any]] = {
     "match_boxes3d": reference.match_boxes3d,
     "mask_targets3d": reference.mask_targets3d,
     "paste_masks3d": reference.paste_masks3d,
+    "label_pairs": reference.label_pairs,
+    "label_extents": reference.label_extents,
     "layer_norm": reference.layer_norm,
     "layer_norm_backward": reference.layer_norm_backward,
     "group_norm": reference.group_norm,
@@ -38,6 +40,8 @@ PUBLIC = (
     "match_boxes3d",
     "mask_targets3d",
     "paste_masks3d",
+    "label_pairs",
+    "label_extents",
     "ms_deform_attn3d",
     "layer_norm",
     "group_norm",
@@ -46,6 +50,8 @@ PLAIN_ON_CUDA = (
     "match_boxes3d",
     "mask_targets3d",
     "paste_masks3d",
+    "label_pairs",
+    "label_extents",
     "layer_norm",
     "layer_norm_backward",
     "group_norm",
@@ -185,6 +191,17 @@ def _mask_targets3d_fake(
 def _paste_masks3d_fake(logits: Tensor, sizes: Tensor, boxes: Tensor, cut: float) -> tuple[Tensor, Tensor]:
     num_voxels = torch.library.get_ctx().new_dynamic_size()
     return sizes.new_empty(boxes.shape), sizes.new_empty((num_voxels,), dtype=torch.bool)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::label_pairs")
+def _label_pairs_fake(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    num_pairs = torch.library.get_ctx().new_dynamic_size()
+    return a.new_empty((num_pairs, 2), dtype=torch.int64), a.new_empty((num_pairs,), dtype=torch.int64)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::label_extents")
+def _label_extents_fake(labels: Tensor, num_labels: int) -> Tensor:
+    return labels.new_empty((num_labels, 10), dtype=torch.int64)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::layer_norm")

@@ -20,6 +20,8 @@ SCHEMAS = {
     "mask_targets3d": (
         "(Tensor label, Tensor ids, Tensor boxes, SymInt out_d, SymInt out_h, SymInt out_w) -> (Tensor, Tensor)"
     ),
+    "label_pairs": "(Tensor a, Tensor b) -> (Tensor, Tensor)",
+    "label_extents": "(Tensor labels, int num_labels) -> Tensor",
     "paste_masks3d": "(Tensor logits, Tensor sizes, Tensor boxes, float cut) -> (Tensor, Tensor)",
     "ms_deform_attn3d": (
         "(Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) -> Tensor"

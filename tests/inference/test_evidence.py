@@ -1,41 +1,26 @@
 """Census and links of a block, counted by hand and against naive loops."""
 
-import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
 from inference_toys import Drawn, tissue_seeds, to_instances, voronoi
 
-from seg3d_monai.inference import evidence
 from seg3d_monai.inference.blocks import BlockPlan, intersection, roi_slices
-from seg3d_monai.inference.evidence import count_labels, count_pairs, label_map, link_block, take_census
+from seg3d_monai.inference.evidence import count_pairs, label_map, link_block, take_census
 from seg3d_monai.inference.journal import RowSource, pack_instances
 
 
-@pytest.mark.parametrize("at_a_time", [1, 7, 2**16])
-def test_labels_and_pairs_are_counted_part_by_part(monkeypatch, at_a_time):
-    monkeypatch.setattr(evidence, "_COUNTED_AT_A_TIME", at_a_time)
+def test_pairs_are_counted():
     rng = np.random.default_rng(0)
     # windows of larger arrays, as a shared ROI is
     a, b = (rng.integers(0, n, (6, 9, 12)).astype(np.int32)[1:, 2:8, 3:] for n in (5, 7))
-    pairs = Counter((int(i), int(j)) for i, j in zip(a.ravel(), b.ravel(), strict=True) if i and j)
+    pairs = Counter(zip(a.ravel().tolist(), b.ravel().tolist(), strict=True))
     found = list(zip(*(column.tolist() for column in count_pairs(a, b)), strict=True))
     assert found == [(i, j, pairs[i, j]) for i, j in sorted(pairs)]
-    labels = Counter(a.ravel().tolist())
-    assert count_labels(a, 6).tolist() == [labels[i] for i in range(6)]
-    assert all(len(column) == 0 for column in count_pairs(a * 0, b))
+    flat = [column.tolist() for column in count_pairs(a.ravel(), b.ravel())]
+    assert list(zip(*flat, strict=True)) == found
     assert all(len(column) == 0 for column in count_pairs(a[:0], b[:0]))
-
-
-def test_counting_takes_little_memory_beside_the_labels():
-    labels = np.random.default_rng(0).integers(0, 500, (40, 200, 250)).astype(np.int32)
-    for count in (lambda: count_labels(labels, 500), lambda: count_pairs(labels, labels)):
-        tracemalloc.start()
-        count()
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert peak < labels.nbytes / 2  # as int64 the labels would be twice as large
 
 
 def views_1d(*texts):

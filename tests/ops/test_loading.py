@@ -85,7 +85,7 @@ def run_python(code, **environment):
 def test_status_names_each_public_operator():
     rows = status()
     boxes, dense = ["roi_align3d", "nms3d", "batched_nms3d"], ["ms_deform_attn3d", "layer_norm", "group_norm"]
-    names = [*boxes, "match_boxes3d", "mask_targets3d", "paste_masks3d", *dense]
+    names = [*boxes, "match_boxes3d", "mask_targets3d", "paste_masks3d", "label_pairs", "label_extents", *dense]
     assert [row["op"] for row in rows if row["device"] == "cpu"] == names
     assert [row["op"] for row in rows if row["device"] == "cuda"] == names * torch.cuda.is_available()
     on_cpu = [row for row in rows if row["device"] == "cpu"]

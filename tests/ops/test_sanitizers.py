@@ -20,6 +20,7 @@ TESTS = (
     "test_match_boxes3d.py",
     "test_mask_targets3d.py",
     "test_paste_masks3d.py",
+    "test_labels.py",
     "test_layer_norm.py",
     "test_group_norm.py",
 )

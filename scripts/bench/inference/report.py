@@ -84,7 +84,8 @@ def whole_lines(rows: Sequence[Row]) -> str:
             f"last block {row['after_last_block_s']:,.1f} s",
             f"    bare {row['bare_s']:,.1f} s: forward {row['bare_forward_s']:,.1f} s "
             f"({min(forward):,.2f} to {max(forward):,.2f} s a block), read {row['bare_read_s']:,.1f} s",
-            f"    whole / bare {row['times_bare']:.3f}",
+            f"    whole / bare {row['times_bare']:.3f}; a plain loop {row['plain_s']:,.1f} s, whole / plain "
+            f"{row['times_plain']:.3f}",
         ]
     return "\n".join(lines)
 

@@ -24,6 +24,7 @@ from bench.inference.options import Options
 from bench.inference.stacks import SPACING_UM
 from bench.inference.whole import QUICK_SHAPE, SHAPE
 from seg3d_monai.data import open_volume
+from seg3d_monai.data.freed_memory import share_one_heap
 from seg3d_monai.inference import predict_volume
 from seg3d_monai.inference.blocks import BlockPlan, roi_shape
 from seg3d_monai.inference.ray_workers import connect, import_ray
@@ -86,6 +87,7 @@ def bare_rate(stack: Path, checkpoint: Path | None, num_processes: int, is_quick
 def bare_seconds(stack: Path, checkpoint: Path | None, together: Any, is_quick: bool) -> float:
     """Seconds of this process for its blocks, from the moment that all processes are ready; one more block before."""
     torch.set_num_threads(1)
+    share_one_heap()  # as a run does
     predictor, cut = read_predictor(checkpoint, is_quick)
     volume = open_volume(stack, spacing=SPACING_UM)
     predictor = predictor.for_volume(volume)
