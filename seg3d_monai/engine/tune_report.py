@@ -52,19 +52,19 @@ def tuned_text(tuned: Tuned) -> str:
     """The settings and metrics before and after, the curve, and what to be careful about."""
     names = list(dict.fromkeys([*METRICS, *tuned.objective.names]))
     before, after = named_metrics(tuned.report_before), named_metrics(tuned.report_after)
-    found = tuned.objective.of(tuned.report_before), tuned.objective.of(tuned.report_after)
+    best_before, best_after = (tuned.objective.of(report) for report in (tuned.report_before, tuned.report_after))
     rows = [("", "before", "after")]
     rows += [(name, f"{tuned.before[name]:g}", f"{tuned.after[name]:g}") for name in tuned.before]
-    rows += [("", "", ""), (str(tuned.objective), *(f"{value:.4f}" for value in found))]
+    rows += [("", "", ""), (str(tuned.objective), f"{best_before:.4f}", f"{best_after:.4f}")]
     if len(tuned.objective.names) == 1:
         names.remove(tuned.objective.names[0])
     rows += [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in names]
-    halves = [report["thresholds"]["0.5"] for report in (tuned.report_before, tuned.report_after)]
-    for key, words in (("tp", "found at IoU 0.5"), ("fp", "false"), ("fn", "missed")):
-        rows.append((words, *(str(half[key]) for half in halves)))
+    old, new = (report["thresholds"]["0.5"] for report in (tuned.report_before, tuned.report_after))
+    counts = (("tp", "found at IoU 0.5"), ("fp", "false"), ("fn", "missed"))
+    rows += [(words, str(old[key]), str(new[key])) for key, words in counts]
     parts = [
         f"{tuned.objective} on {len(tuned.volumes)} volumes with {tuned.num_truth} objects: {_listed(tuned.volumes)}",
-        "\n".join(f"{name:<40}{old:>12}{new:>12}".rstrip() for name, old, new in rows),
+        "\n".join(f"{name:<40}{first:>12}{second:>12}".rstrip() for name, first, second in rows),
         f"{tuned.objective} over {SCORE}, the other settings as after:",
         "\n".join(_curve_rows(tuned)),
     ]

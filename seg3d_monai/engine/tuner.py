@@ -130,8 +130,8 @@ class Tuner:
             judge,
             before,
             self.network_candidates | self.candidates,
-            # What one object more or less changes of a good F1.
-            tolerance=1 / (2 * judge.num_truth + 2),
+            # What it changes of each metric, about, whether one object is found.
+            tolerance=len(self.objective.names) / (judge.num_truth + 1),
         )
         report_after = report_before if found == before else self._measured(found)
         is_worse = self.objective.of(report_after) < self.objective.of(report_before)

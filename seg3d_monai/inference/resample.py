@@ -139,7 +139,8 @@ class ResamplingPredictor:
     @property
     def settings(self) -> InstanceSettings:
         """The settings of the inner predictor; missing where it has none."""
-        return self.predictor.settings  # type: ignore[no-any-return]
+        settings: InstanceSettings = self.predictor.settings
+        return settings
 
     def with_settings(self, settings: InstanceSettings) -> ResamplingPredictor:
         """The same predictor, the inner one under other settings."""

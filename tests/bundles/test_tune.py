@@ -28,11 +28,13 @@ FAKE = {
 
 
 def write_known(folder: Path) -> Path:
-    """Volumes of the split val in which scores from 0.6 are true and those up to 0.5 false; the others are empty."""
+    """Volumes in which scores from 0.6 are true and those up to 0.5 false: one of train, ten of val; test is empty."""
     image, labels = known_best()
     lines = ["name,image,label,specimen,split"]
-    for name, split in (("a", "train"), ("b", "val"), ("c", "val"), ("empty", "test")):
+    splits = {"a": "train", **dict.fromkeys((f"b{i}" for i in range(10)), "val"), "empty": "test"}
+    for name, split in splits.items():
         (folder / name).mkdir(parents=True)
+        image[0, 0, 0] += 1  # the same image in two splits would be refused
         tifffile.imwrite(folder / name / "image.tif", image)
         tifffile.imwrite(folder / name / "labels.tif", labels * (name != "empty"))
         lines.append(f"{name},{name}/image.tif,{name}/labels.tif,{name},{split}")
@@ -67,7 +69,7 @@ def test_a_threshold_that_is_known_is_found(
     assert overlay["score_threshold"] == 0.55
     assert overlay["network_def#detection_nms_threshold"] == 0.4
     said = capsys.readouterr().out
-    assert "f1_50 + seg on 2 volumes with 8 objects: b, c" in said
+    assert "f1_50 + seg on 10 volumes with 40 objects: b0, b1, b2, b3 and 6 more" in said
     assert said.splitlines()[-1] == f"overlay: {run / 'tuned.json'}"
     assert (run / "tuned.txt").read_text() in said
     assert {path.name for path in (run / "tuning").iterdir()} == {"config.json", "environment.json"}
@@ -75,9 +77,9 @@ def test_a_threshold_that_is_known_is_found(
 
 def test_volumes_are_chosen_by_a_filter(known: list[str], tmp_path: Path) -> None:
     out = tmp_path / "elsewhere" / "mine.json"
-    assert main([*known, "--tune_where", 'specimen in ("a", "b")', "--metric", "f1_50", "--out", str(out)]) == 0
+    assert main([*known, "--tune_where", 'specimen in ("a", "b3")', "--metric", "f1_50", "--out", str(out)]) == 0
     report = out.with_suffix(".txt").read_text()
-    assert report.startswith("f1_50 on 2 volumes with 8 objects: a, b")
+    assert report.startswith("f1_50 on 2 volumes with 8 objects: a, b3")
     assert "warning: the network was trained on a," in report
     assert not (tmp_path / "run" / "tuned.json").exists()
 

@@ -40,7 +40,7 @@ def table(report):
 
 
 def test_a_threshold_between_false_and_true_objects(tune, capsys):
-    overlay, report = tune([item(*known_best())])
+    overlay, report = tune([item(*known_best())] * 10)
     assert overlay == {
         "score_threshold": 0.55,
         "mask_threshold": 0.5,
@@ -52,12 +52,12 @@ def test_a_threshold_between_false_and_true_objects(tune, capsys):
     assert rows["score_threshold"] == ["0.8", "0.55"]
     assert rows["f1_50 + seg"] == ["1.1667", "2.0000"]  # two of four are found: 2 * 2 / (2 * 2 + 2), and half of SEG
     assert rows["precision_50"] == ["1.0000", "1.0000"]
-    assert [rows[name] for name in ("found at IoU 0.5", "false", "missed")] == [["2", "4"], ["0", "0"], ["2", "0"]]
+    assert [rows[name] for name in ("found at IoU 0.5", "false", "missed")] == [["20", "40"], ["0", "0"], ["20", "0"]]
     curve = {float(words[0]): words[1:] for words in map(str.split, report.split("\n\n")[4].splitlines())}
-    assert curve[0.55] == ["2.0000", "4", "objects", "after"]
-    assert curve[0.8] == ["1.1667", "2", "objects", "before"]
-    assert curve[0.5] == [f"{8 / 9 + 1:.4f}", "5", "objects"]
-    assert "warning: 4 objects are few" in report
+    assert curve[0.55] == ["2.0000", "40", "objects", "after"]
+    assert curve[0.8] == ["1.1667", "20", "objects", "before"]
+    assert curve[0.5] == [f"{8 / 9 + 1:.4f}", "50", "objects"]
+    assert "warning: 40 objects are few" in report
     assert "trained" not in report
     assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("overlay: ")
 
@@ -92,7 +92,7 @@ def test_what_is_best_already_stays(tune):
 
 
 def test_gains_of_less_than_an_object_move_nothing(tune):
-    """Of thirty cells, twenty-nine are found; the last one would need another mask threshold, and a bit of SEG too."""
+    """One of thirty cells would have a better mask with another threshold, which is worth a third of an object."""
     cells = row_of_cells([1000] * 30, [True] * 30)
     image, labels = cells[0].copy(), cells[1]
     x = np.flatnonzero(labels[1, 2] == 30)
@@ -104,15 +104,23 @@ def test_gains_of_less_than_an_object_move_nothing(tune):
 def test_one_setting_can_be_left_alone_and_others_tuned(tune):
     image, labels = known_best(rim=0.42)
     overlay, _ = tune(
-        [item(image, labels)], candidates={"mask_threshold": [], "min_voxels": [1, 4]}, network_candidates=None
+        [item(image, labels)] * 10, candidates={"mask_threshold": [], "min_voxels": [1, 4]}, network_candidates=None
     )
     assert overlay == {"score_threshold": 0.55, "mask_threshold": 0.5, "min_voxels": 1, "min_visible": 0.0}
 
 
 def test_flips_are_kept_in_the_overlay(tune):
-    overlay, _ = tune([item(*known_best())], settings={"flips": ["x"]}, flips=["x"])
+    overlay, _ = tune([item(*known_best())] * 10, settings={"flips": ["x"]}, flips=["x"])
     assert overlay["flips"] == ["x"]
     assert overlay["score_threshold"] == 0.55
+
+
+def test_a_few_objects_move_nothing(tune):
+    """Without the false one F1 would rise from 0.8 to 1, which is less than one object of two changes."""
+    cells = row_of_cells([1000, 900, 850], [True, True, False])
+    overlay, report = tune([item(*cells)], metric="f1_50")
+    assert overlay["score_threshold"] == 0.8
+    assert "warning: 2 objects are few" in report
 
 
 def test_training_volumes_are_named(tune):
@@ -122,9 +130,9 @@ def test_training_volumes_are_named(tune):
 
 
 def test_blocks_are_noted_and_the_numbers_are_those_of_a_prediction(tune):
-    overlay, report = tune([item(*known_best())], block_size=(6, 9, 24), halo=(0, 0, 8))
+    overlay, report = tune([item(*known_best())] * 10, block_size=(6, 9, 24), halo=(0, 0, 8))
     assert overlay["score_threshold"] == 0.55
-    assert "note: the volumes have 3 blocks." in report
+    assert "note: the volumes have 30 blocks." in report
     assert table(report)["f1_50 + seg"] == ["1.1667", "2.0000"]
 
 
