@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seg3d_monai import __version__, cli_annotate, cli_data
+from seg3d_monai import __version__, cli_annotate, cli_data, cli_tune
 from seg3d_monai.cli_arguments import UsageError, bind, given, help_text, nearest, numbers
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
 from seg3d_monai.user_errors import one_line, user_error, wants_traceback
@@ -37,7 +37,7 @@ def train(bundle: str, *, config_file: str | None = None, overlay: str | None = 
     Args:
         bundle: Folder of the bundle, or its name in ./bundles.
         config_file: Configuration file, or "['a','b']", to run instead of configs/train.json.
-        overlay: Names of files in configs/overlays without .json, separated by commas.
+        overlay: Names of files in configs/overlays, or paths of such files, separated by commas.
         overrides: Any key of the configuration and its value.
     """
     folder = find_bundle(bundle)
@@ -86,7 +86,7 @@ def predict(
         output: OME-Zarr to write, X.zarr; the table goes beside it as X.instances.parquet.
         bundle: Folder of the bundle, or its name in ./bundles.
         config_file: Configuration file, or "['a','b']", to run instead of configs/inference.json.
-        overlay: Names of files in configs/overlays without .json, separated by commas.
+        overlay: Names of files in configs/overlays, or paths of such files, separated by commas.
         checkpoint: Trained weights; the bundle says which are used without it.
         spacing: Voxel size in micrometres, "[z,y,x]", where the file does not know it.
         axes: Order of the axes, for instance ZYX, CZYX or ZYXC.
@@ -159,7 +159,7 @@ def seam_check(
         report: File for all numbers, X.json; the picture goes beside it as X.png.
         bundle: Folder of the bundle, or its name in ./bundles.
         config_file: Configuration file, or "['a','b']", to run instead of configs/inference.json.
-        overlay: Names of files in configs/overlays without .json, separated by commas.
+        overlay: Names of files in configs/overlays, or paths of such files, separated by commas.
         checkpoint: Trained weights; the bundle says which are used without it.
         spacing: Voxel size in micrometres, "[z,y,x]", where the file does not know it.
         axes: Order of the axes, for instance ZYX, CZYX or ZYXC.
@@ -281,6 +281,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "index": cli_data.index,
     "plan": cli_data.plan,
     "train": train,
+    "tune": cli_tune.tune,
     "predict": predict,
     "relabel": relabel,
     "measure": measure,

@@ -36,7 +36,7 @@ def suggest(
         checkpoint: Trained weights, RUN/model.pt.
         output: Folder to write; a folder 001, 002, … for each region.
         bundle: Folder of the bundle, or its name in ./bundles.
-        overlay: Names of files in configs/overlays without .json, separated by commas.
+        overlay: Names of files in configs/overlays, or paths of such files, separated by commas.
         num: Regions to choose; default 10.
         candidates: Regions to choose from, at most; default 100. Time grows with it.
         pool: unannotated (default), or all for annotated regions too.

@@ -61,10 +61,10 @@ def overlay_files(folder: Path, overlay: str | None) -> list[str]:
 
     Args:
         folder: The bundle.
-        overlay: Names without .json, separated by commas.
+        overlay: Names in configs/overlays or paths, with or without .json, separated by commas.
 
     Raises:
-        FileNotFoundError: If the bundle has no such overlay.
+        FileNotFoundError: If there is no such overlay.
     """
     names = [name.strip() for name in (overlay or "").strip("[]()").split(",") if name.strip()]
     overlays = folder / "configs" / "overlays"

@@ -273,6 +273,7 @@ class VolumeItem(TypedDict):
     name: the volume's name.
     classes: class of each id on disk.
     intensity: its normalisation.
+    split: "train", "val", "test" or None.
     """
 
     volume: Volume
@@ -280,6 +281,7 @@ class VolumeItem(TypedDict):
     name: str
     classes: dict[int, int]
     intensity: Intensity
+    split: str | None
 
 
 class VolumeDataset(Dataset[VolumeItem]):
@@ -329,6 +331,7 @@ class VolumeDataset(Dataset[VolumeItem]):
             name=record.name,
             classes=dict(zip(table.labels.tolist(), table.classes.tolist(), strict=True)),
             intensity=record.intensity,
+            split=record.split,
         )
 
 

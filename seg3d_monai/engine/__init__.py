@@ -13,6 +13,7 @@ from seg3d_monai.engine.replicas import num_processes, rank
 from seg3d_monai.engine.schedule import WarmupCosine, WarmupStableDecay
 from seg3d_monai.engine.tensorboard import TensorBoard
 from seg3d_monai.engine.trainer import InstanceTrainer, TrainerEvents
+from seg3d_monai.engine.tuner import Tuner, check_tune_files
 
 __all__ = [
     "Checkpoints",
@@ -26,11 +27,13 @@ __all__ = [
     "Progress",
     "TensorBoard",
     "TrainerEvents",
+    "Tuner",
     "Validation",
     "VolumeEvaluator",
     "WarmupCosine",
     "WarmupStableDecay",
     "check_config",
+    "check_tune_files",
     "join_processes",
     "live_parser",
     "load_weights",

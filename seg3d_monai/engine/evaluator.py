@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from seg3d_monai.engine.replicas import rank
 from seg3d_monai.inference import predict_labels
 from seg3d_monai.metrics import InstanceMetrics
 
-__all__ = ["EvaluatorEvents", "FinalReport", "VolumeEvaluator"]
+__all__ = ["EvaluatorEvents", "FinalReport", "VolumeEvaluator", "named_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +104,20 @@ class VolumeEvaluator(Evaluator):
         return [{"name": batchdata["name"], "instances": len(table)}]
 
     def _compute(self) -> None:
-        report = self.instance_metrics.compute()
-        thresholds = report["thresholds"]
-        self.state.report = report
-        self.state.metrics = {f"f1_{float(t) * 100:.0f}": at["f1"] for t, at in thresholds.items()}
-        self.state.metrics |= {f"{name}_50": thresholds["0.5"][name] for name in ("precision", "recall")}
-        self.state.metrics |= {name: report[name] for name in ("map", "seg", "mucov", "aji", "foreground_iou")}
+        self.state.report = self.instance_metrics.compute()
+        self.state.metrics = named_metrics(self.state.report)
+
+
+def named_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics by the names that `VolumeEvaluator` gives them.
+
+    Args:
+        report: what `InstanceMetrics.compute` returns.
+    """
+    thresholds = report["thresholds"]
+    metrics = {f"f1_{float(t) * 100:.0f}": at["f1"] for t, at in thresholds.items()}
+    metrics |= {f"{name}_50": thresholds["0.5"][name] for name in ("precision", "recall")}
+    return metrics | {name: report[name] for name in ("map", "seg", "mucov", "aji", "foreground_iou")}
 
 
 class FinalReport:

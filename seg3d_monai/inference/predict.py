@@ -350,30 +350,32 @@ def predict_labels(
         ValueError: if an argument is out of range, the volume holds NaN, or the predictor returns invalid instances.
     """
     volume = ArrayVolume(volume) if isinstance(volume, np.ndarray) else volume
-    halo = DEFAULT_HALO if halo is None else halo
-    if block_size is None:
-        shape = volume.shape[1:]
-        plan = BlockPlan.make(shape=shape, block_size=shape, halo=halo, roi=roi, offset=offset)
-    else:
-        plan = plan_blocks(volume, predictor, block_size, halo, roi=roi, offset=offset)
+    plan = plan_blocks(volume, predictor, block_size, halo, roi=roi, offset=offset)
     return predict_plan(plan, volume, predictor, progress)
 
 
 def plan_blocks(
-    volume: Any, predictor: Predictor, block_size: int | Sequence[int], halo: int | Sequence[int], **options: Any
+    volume: Any,
+    predictor: Predictor,
+    block_size: int | Sequence[int] | None,
+    halo: int | Sequence[int] | None,
+    **options: Any,
 ) -> BlockPlan:
     """The blocks of a volume, whose sizes are given in voxels as the predictor sees them.
 
     Args:
         volume: a volume.
         predictor: as in `predict_volume`.
-        block_size: int or (z, y, x) voxels.
-        halo: int or (z, y, x) voxels.
+        block_size: int or (z, y, x) voxels; None takes the volume as one block.
+        halo: int or (z, y, x) voxels; None is `DEFAULT_HALO`.
         options: further ones of `BlockPlan.make`.
 
     Raises:
         ValueError, TypeError: as `BlockPlan.make` and the predictor's `step_in`.
     """
+    halo = DEFAULT_HALO if halo is None else halo
+    if block_size is None:
+        return BlockPlan.make(shape=volume.shape[1:], block_size=volume.shape[1:], halo=halo, **options)
     step = predictor.step_in(volume) if hasattr(predictor, "step_in") else (1, 1, 1)
     return BlockPlan.make(shape=volume.shape[1:], block_size=block_size, halo=halo, step=step, **options)
 

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,10 @@ from torch import Tensor, nn
 
 from seg3d_monai.data.intensity import Intensity, measure_intensity
 from seg3d_monai.data.volume import Volume
-from seg3d_monai.inference.blocks import roi_slices
-from seg3d_monai.inference.crowding import Found, detect_batch
-from seg3d_monai.inference.flips import AXES, flip_combinations, merge_views, mirrored
+from seg3d_monai.inference.crowding import detect_batch
+from seg3d_monai.inference.detections import Detections, InstanceSettings
+from seg3d_monai.inference.flips import AXES, flip_combinations, mirrored
 from seg3d_monai.inference.instances import Instances
-from seg3d_monai.inference.mask_paste import placed_masks
 from seg3d_monai.inference.precision import autocast_dtype
 
 
@@ -31,11 +31,8 @@ class InstancePredictor:
             boxes lie within the image, mask logits are one grid over each box. A block that holds nearly as many
             instances as its attribute `capacity`, if it has one, is looked at in parts (crowding.py).
         percentiles: of each channel of the whole volume, which are mapped to 0 and 1.
-        score_threshold: least score of an instance.
-        mask_threshold: probability at which a voxel belongs to an instance.
-        min_voxels: least number of voxels of an instance's mask.
-        min_visible: least share of its mask that no instance with a higher score covers; those with less are
-            second views of the same cell, as in Panoptic FPN (Kirillov et al. 2019).
+        score_threshold, mask_threshold, min_voxels, min_visible: which detections are instances, and where their masks
+            end; see `InstanceSettings`.
         device: where the network runs.
         amp: "auto", "off", "bf16" or "fp16"; see `autocast_dtype`.
         intensity: the volume's intensity range; `for_volume` measures it.
@@ -63,22 +60,16 @@ class InstancePredictor:
         flips: Sequence[str] | str = (),
         in_channels: int | None = None,
     ) -> None:
-        if not 0 < mask_threshold < 1:
-            raise ValueError(f"mask_threshold is {mask_threshold}; give a probability between 0 and 1")
-        if not 0 <= score_threshold <= 1:
-            raise ValueError(f"score_threshold is {score_threshold}; give a score in 0 to 1")
-        if min_voxels < 0:
-            raise ValueError(f"min_voxels is {min_voxels}; give 0 or more")
-        if not 0 <= min_visible <= 1:
-            raise ValueError(f"min_visible is {min_visible}; give a share in 0 to 1")
         if len(set(flips)) < len(flips) or not set(flips) <= set(AXES):
             raise ValueError(f"flips is {flips!r}; name some of the axes z, y and x, each once")
         self.network = network
         self.percentiles = (percentiles[0], percentiles[1])
-        self.score_threshold = score_threshold
-        self.mask_threshold = mask_threshold
-        self.min_voxels = min_voxels
-        self.min_visible = min_visible
+        self.settings = InstanceSettings(
+            score_threshold=score_threshold,
+            mask_threshold=mask_threshold,
+            min_voxels=min_voxels,
+            min_visible=min_visible,
+        )
         self.device = torch.device(device)
         self.amp = autocast_dtype(amp, device)
         self.intensity = intensity
@@ -111,6 +102,12 @@ class InstancePredictor:
         bound.intensity = intensity
         return bound
 
+    def with_settings(self, settings: InstanceSettings) -> "InstancePredictor":
+        """The same predictor under other settings."""
+        changed = copy.copy(self)
+        changed.settings = settings
+        return changed
+
     def identity(self) -> dict[str, Any]:
         """Facts that tell predictors apart: the weights' hash and every setting that changes instances."""
         digest = hashlib.sha256()
@@ -121,10 +118,7 @@ class InstancePredictor:
             "weights_sha256": digest.hexdigest(),
             "network_sha256": hashlib.sha256(repr(self.network).encode()).hexdigest(),
             "intensity": None if self.intensity is None else self.intensity.to_json(),
-            "score_threshold": self.score_threshold,
-            "mask_threshold": self.mask_threshold,
-            "min_voxels": self.min_voxels,
-            "min_visible": self.min_visible,
+            **asdict(self.settings),
             "amp": str(self.amp),
             "flips": list(self.flips),
         }
@@ -132,6 +126,18 @@ class InstancePredictor:
     def __call__(self, block: Tensor, roi: Sequence[int]) -> Instances:
         """Instances of one block: `predict_batch` for a batch of one."""
         return self.predict_batch([block], [roi])[0]
+
+    @torch.inference_mode()
+    def detect(self, block: Tensor, roi: Sequence[int]) -> Detections:
+        """What the network finds in one block; its instances under `settings` are those of `__call__`.
+
+        A network of limited capacity looks at a block in parts where it holds many detections of at least the
+        `score_threshold` of `settings`; that alone depends on them.
+
+        Raises:
+            ValueError: as `predict_batch`.
+        """
+        return self._detect(self._normalised(block, roi)[None])[0]
 
     @torch.inference_mode()
     def predict_batch(self, blocks: Sequence[Tensor], rois: Sequence[Sequence[int]]) -> list[Instances]:
@@ -156,11 +162,11 @@ class InstancePredictor:
         for number, block in enumerate(blocks):
             groups.setdefault(block.shape, []).append(number)
         instances: dict[int, Instances] = {}
-        for shape, numbers in groups.items():
+        for numbers in groups.values():
             images = [self._normalised(blocks[n], rois[n]) for n in numbers]
             batch = torch.stack(images) if len(images) > 1 else images[0][None]
             for number, found in zip(numbers, self._detect(batch), strict=True):
-                instances[number] = self._instances(found, shape[1:])
+                instances[number] = found.instances(self.settings)
         return [instances[n] for n in range(len(blocks))]
 
     def _normalised(self, block: Tensor, roi: Sequence[int]) -> Tensor:
@@ -171,8 +177,8 @@ class InstancePredictor:
             raise ValueError(f"block with roi {list(roi)} holds NaN; replace NaN voxels before use")
         return torch.from_numpy(values)
 
-    def _detect(self, images: Tensor) -> list[Found]:
-        """What the network finds in each image, all views merged."""
+    def _detect(self, images: Tensor) -> list[Detections]:
+        """What the network finds in each image, in all views."""
         images = images.to(self.device)
         was_training = self.network.training
         network = self.network.to(self.device).eval()
@@ -184,39 +190,9 @@ class InstancePredictor:
                         network,
                         images.flip([axis + 2 for axis in axes]) if axes else images,
                         capacity=getattr(network, "capacity", None),
-                        score_threshold=self.score_threshold,
+                        score_threshold=self.settings.score_threshold,
                     )
                     views.append([mirrored(found, axes, images.shape[2:]) for found in results])
         finally:
             network.train(was_training)
-        return [
-            merge_views(of_image, score_threshold=self.score_threshold, mask_threshold=self.mask_threshold)
-            for of_image in zip(*views, strict=True)
-        ]
-
-    def _instances(self, found: Found, size: Sequence[int]) -> Instances:
-        """The detections that count, by descending score, as voxel masks."""
-        boxes, masks, kept = found["boxes"].float(), [], []
-        scores = found["scores"].tolist()
-        claimed = np.zeros(tuple(size), dtype=bool)
-        by_score = found["scores"].argsort(descending=True, stable=True).tolist()
-        rows = [i for i in by_score if scores[i] >= self.score_threshold]
-        logits = found["mask_logits"]
-        grids = logits[rows] if isinstance(logits, Tensor) else [logits[i] for i in rows]
-        for i, (roi, mask) in zip(rows, placed_masks(grids, boxes[rows], self.mask_threshold), strict=True):
-            voxels = np.count_nonzero(mask)
-            if voxels < self.min_voxels:
-                continue
-            if self.min_visible > 0:
-                window = claimed[roi_slices(roi)]
-                if np.count_nonzero(mask & ~window) < self.min_visible * voxels:
-                    continue
-                window |= mask
-            masks.append(mask)
-            kept.append(i)
-        return Instances(
-            boxes=boxes[kept].numpy(),
-            scores=found["scores"][kept].numpy(),
-            classes=found["classes"][kept].numpy(),
-            masks=masks,
-        )
+        return [Detections(views=of_image, size=tuple(images.shape[2:])) for of_image in zip(*views, strict=True)]

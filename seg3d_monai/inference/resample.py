@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from seg3d_monai.data.resampling import (
 )
 from seg3d_monai.data.volume import NEAR_SPACING, Volume, check_spacing
 from seg3d_monai.inference.blocks import Roi, roi_shape
+from seg3d_monai.inference.detections import Detections, InstanceSettings
 from seg3d_monai.inference.instances import Instances
 
 KEEP = "keep"
@@ -132,6 +135,26 @@ class ResamplingPredictor:
         else:
             done = f"blocks are not resampled, as they agree to {self.tolerance:.0%}"
         _log.info("voxel size (z, y, x) of the model is %s micrometre, of the stack %s: %s", model, stack, done)
+
+    @property
+    def settings(self) -> InstanceSettings:
+        """The settings of the inner predictor; missing where it has none."""
+        settings: InstanceSettings = self.predictor.settings
+        return settings
+
+    def with_settings(self, settings: InstanceSettings) -> ResamplingPredictor:
+        """The same predictor, the inner one under other settings."""
+        changed = copy.copy(self)
+        changed.predictor = self.predictor.with_settings(settings)
+        return changed
+
+    def detect(self, block: Tensor, roi: Roi) -> Detections:
+        """What the inner predictor's `detect` finds in the resampled block; its instances come back as those of
+        `__call__` do.
+        """
+        step = self._step()
+        found: Detections = self.predictor.detect(resample(block, roi, step), resampled_roi(roi, step))
+        return replace(found, restore=partial(restore, roi=roi, step=step))
 
     def identity(self) -> dict[str, Any]:
         """Facts that tell predictors apart: those of the inner one and the voxel size that it sees."""

@@ -50,6 +50,19 @@ class ContingencyTable:
             raise ValueError(f"truth holds the id {int(true_ids.min())}; ids are >= 0, and -1 where it is ignored")
         if predicted_ids.dtype.kind == "i" and bool(np.any(predicted_ids < 0)):
             raise ValueError(f"prediction holds the id {int(predicted_ids.min())}; ids are >= 0")
+        self.add_counts(true_ids, predicted_ids, voxels, is_ignored)
+
+    def add_counts(
+        self, true_ids: np.ndarray, predicted_ids: np.ndarray, voxels: np.ndarray, is_ignored: np.ndarray
+    ) -> None:
+        """Take over voxels that are counted already; a pair may occur several times.
+
+        Args:
+            true_ids: integers [K] from 0; what stands in rows of ignored voxels does not matter.
+            predicted_ids: integers [K] from 0.
+            voxels: integers [K], how many share both.
+            is_ignored: bool [K], rows of voxels whose truth is ignored.
+        """
         counted = _summed(
             true_ids[~is_ignored].astype(np.uint64), predicted_ids[~is_ignored].astype(np.uint64), voxels[~is_ignored]
         )

@@ -120,3 +120,19 @@ def test_bool_masks_count_as_one_object() -> None:
 def test_wrong_labels_are_refused(truth: np.ndarray, prediction: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ContingencyTable().add(truth, prediction)
+
+
+def test_counts_of_voxels_stand_for_the_voxels() -> None:
+    rng = np.random.default_rng(2)
+    truth = rng.integers(0, 5, 400).astype(np.uint8)
+    truth[rng.random(400) < 0.1] = 255
+    prediction = rng.integers(0, 6, 400)
+    voxels, counted = ContingencyTable(), ContingencyTable()
+    voxels.add(truth, prediction)
+    counted.add_counts(truth, prediction, np.ones(400, np.int64), truth == 255)
+    for name in ("truth_ids", "truth_voxels", "predicted_ids", "predicted_voxels", "predicted_ignored", "intersection"):
+        np.testing.assert_array_equal(getattr(counted.overlaps(), name), getattr(voxels.overlaps(), name))
+    assert dense(counted) == dense(voxels)
+    nothing = np.zeros(0, np.int64)
+    counted.add_counts(nothing, nothing, nothing, nothing.astype(bool))
+    assert dense(counted) == dense(voxels)
