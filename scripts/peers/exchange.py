@@ -1,4 +1,4 @@
-"""What a contestant is told and what it answers, in files: each runs in a process of its own, one in another interpreter.
+"""What a contestant is told and answers, in files: each has a process of its own, one of them another interpreter.
 
 It must not know more than numpy: StarDist's environment has nothing of this package's.
 """

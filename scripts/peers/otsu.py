@@ -1,4 +1,4 @@
-"""The floor: Otsu's threshold and a watershed on the distance transform, tuned to nothing. Run as `python -m peers.otsu`."""
+"""The floor: Otsu's threshold and a distance watershed, tuned to nothing; run as `python -m peers.otsu REQUEST`."""
 
 from typing import Any
 

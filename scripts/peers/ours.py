@@ -50,9 +50,8 @@ def train_and_tune(request: Request, log: Path) -> float | None:
     run_process(["-m", "seg3d_monai", "train", *common, *flags(trained)], threads=request.threads, log=log)
     if not settings["tune"]:
         return None
-    where = ["--tune_split", "val"]
-    if not set(request.tune).isdisjoint(request.train):
-        where = ["--tune_split", "train", "--tune_where", f"name in {tuple(request.tune)!r}"]
+    # Whatever their split: they may be trained on.
+    where = ["--tune_where", f"name in {tuple(request.tune)!r}"]
     start = time.perf_counter()
     words = ["-m", "seg3d_monai", "tune", *common, *where, "--out", str(tuned_file(request))]
     run_process(words, threads=request.threads, log=log)
@@ -66,7 +65,11 @@ def changes(request: Request) -> dict[str, Any]:
 
 def flags(keys: dict[str, Any]) -> list[str]:
     """Keys of a configuration as words of the command line."""
-    return [word for key, value in keys.items() for word in (f"--{key}", json.dumps(value))]
+    return [
+        word
+        for key, value in keys.items()
+        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
 
 
 def tuned_file(request: Request) -> Path:

@@ -1,4 +1,4 @@
-"""What StarDist's 3D example does to its training patches: flips and turns in the plane, another contrast and brightness.
+"""What StarDist's 3D example does to its patches: flips and turns in the plane, another contrast and brightness.
 
 It must not know more than numpy: StarDist's environment has nothing of this package's.
 """

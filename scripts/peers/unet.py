@@ -1,4 +1,4 @@
-"""A U-Net with foreground and distance, plainly trained, and the watershed on its maps: what a careful user would build.
+"""A U-Net with foreground and distance, plainly trained, and a watershed on its maps: what a careful user builds.
 
 AdamW with warm-up and half a cosine over the minutes, bf16 where the processor computes in it, averaged weights. It is
 run as a process of its own: `python -m peers.unet REQUEST`.
@@ -81,7 +81,8 @@ def train(
         clock: seconds that only grow; for tests.
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule, average, losses = WarmupCosine(warmup=0.03, final=0.01), WeightAverage(network, EMA_DECAY), []
+    schedule, average = WarmupCosine(warmup=0.03, final=0.01), WeightAverage(network, EMA_DECAY)
+    losses: list[float] = []
     network.train()
     start = clock()
     while not losses or clock() - start < 60 * minutes:

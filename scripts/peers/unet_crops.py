@@ -128,7 +128,7 @@ class TrainingCrops:
 
 
 def augmentation(crop_size: Sequence[int]) -> Compose:
-    """What ours may do too: flips, quarter turns in the plane, rotation and scale, then blur, gamma, contrast, noise."""
+    """What ours may do too: flips, turns in the plane, rotation and scale, then blur, gamma, contrast, shift, noise."""
     keys = ("image", "distance", "kind")
     # The matrix of RandAffined maps the crop to what was read: its scales are one over the magnification, less one.
     scales = [(1 / high - 1, 1 / low - 1) for low, high in MAGNIFICATION]

@@ -7,7 +7,7 @@ from monai.inferers import sliding_window_inference
 from monai.networks.nets import DynUNet
 from torch import Tensor, nn
 
-FILTERS, QUICK_FILTERS = (16, 32, 64, 128), (4, 8)
+FILTERS, QUICK_FILTERS = (16, 32, 64, 128), (4, 8, 8)
 WINDOW = (64, 192, 192)
 """Most voxels (z, y, x) that are predicted at once; whole volumes where they are no larger."""
 
