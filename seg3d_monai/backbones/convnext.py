@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seg3d_monai.backbones.patches import PatchConv
 from seg3d_monai.backbones.resnet import DEFAULT_STRIDES, Axes
-from seg3d_monai.layers import ChannelNorm, LayerNorm
+from seg3d_monai.layers import ChannelNorm, Conv3d, LayerNorm
 from seg3d_monai.layers.conv import check_axes
 
 
@@ -29,7 +29,7 @@ class ConvNeXtBlock(nn.Module):
     def __init__(self, channels: int, kernel_size: Axes, layer_scale: float) -> None:
         super().__init__()
         padding = (kernel_size[0] // 2, kernel_size[1] // 2, kernel_size[2] // 2)
-        self.depthwise = nn.Conv3d(channels, channels, kernel_size, padding=padding, groups=channels)
+        self.depthwise = Conv3d(channels, channels, kernel_size, padding=padding, groups=channels)
         self.norm = LayerNorm(channels, eps=1e-6)
         self.expand = nn.Linear(channels, 4 * channels)
         self.project = nn.Linear(4 * channels, channels)

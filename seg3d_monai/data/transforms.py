@@ -14,13 +14,12 @@ from monai.transforms import (
     RandAdjustContrastd,
     RandFlipd,
     RandGaussianNoised,
-    RandGaussianSmoothd,
     RandScaleIntensityd,
     RandShiftIntensityd,
 )
 
 from seg3d_monai.data.transforms_geometry import RandTurnPlaned, RandWarpd
-from seg3d_monai.data.transforms_intensity import RandChannelDropd, RandCoarseZd
+from seg3d_monai.data.transforms_intensity import RandBlurd, RandChannelDropd, RandCoarseZd
 
 __all__ = ["RandChannelDropd", "RandCoarseZd", "RandTurnPlaned", "RandWarpd", "train_transforms"]
 
@@ -120,7 +119,6 @@ def train_transforms(
         return intensity_prob if prob is None else prob
 
     keys = ("image", "label")
-    low, high = (float(sigma) for sigma in blur_sigma)
     steps: list[Callable[..., Any]] = [
         RandFlipd(keys=keys, prob=prob, spatial_axis=axis) for axis, prob in enumerate(flip_prob) if prob > 0
     ]
@@ -141,12 +139,7 @@ def train_transforms(
             elastic_period_um=elastic_period_um,
         )
     )
-    # MONAI calls the first spatial axis x; it is z here.
-    steps.append(
-        RandGaussianSmoothd(
-            keys="image", prob=own(blur_prob), sigma_x=(low / 2, high / 2), sigma_y=(low, high), sigma_z=(low, high)
-        )
-    )
+    steps.append(RandBlurd(prob=own(blur_prob), sigma_range=blur_sigma))
     if coarse_z_prob > 0:
         steps.append(RandCoarseZd(prob=coarse_z_prob, factor_range=coarse_z_range))
     steps += [

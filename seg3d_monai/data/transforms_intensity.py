@@ -1,4 +1,4 @@
-"""What microscopes do to images beside noise and blur, as MONAI dictionary transforms: coarse planes, missing channels.
+"""What microscopes do to images, as MONAI dictionary transforms: blur, coarse planes, missing channels.
 
 Labels stay as they are: a nucleus does not change its place because it was imaged worse.
 
@@ -8,8 +8,40 @@ Must not know: files, labels, the crop index.
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
+from monai.networks.layers import gaussian_1d
 from monai.transforms import MapTransform, RandomizableTransform
+from scipy.ndimage import correlate1d
 from torch.nn import functional
+
+
+class RandBlurd(RandomizableTransform, MapTransform):
+    """Gaussian blur as by MONAI's RandGaussianSmoothd, but with the same bits whatever the number of threads.
+
+    Args:
+        keys: float [C, D, H, W].
+        prob: probability, 0 to 1.
+        sigma_range: smallest and largest standard deviation in y and in x, voxels; half of it in z.
+    """
+
+    def __init__(
+        self, *, keys: Sequence[str] | str = "image", prob: float = 0.1, sigma_range: Sequence[float] = (0.25, 1.5)
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        self._range = (float(sigma_range[0]), float(sigma_range[1]))
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        """Transform one sample."""
+        result = dict(data)
+        self.randomize(None)
+        if self._do_transform:
+            sigmas = self.R.uniform(*self._range, size=3) * (0.5, 1, 1)
+            for key in self.key_iterator(result):
+                image = torch.as_tensor(result[key]).numpy()
+                for axis, sigma in enumerate(sigmas, start=1):
+                    image = correlate1d(image, gaussian_1d(torch.tensor(sigma)).numpy(), axis, mode="constant")
+                result[key] = torch.from_numpy(image)
+        return result
 
 
 class RandCoarseZd(RandomizableTransform, MapTransform):

@@ -18,6 +18,7 @@ from seg3d_monai.layers import (
     CellLinear,
     CellNorm,
     ChannelNorm,
+    Conv3d,
     DeformableAttention3d,
     FeedForward,
     LayerNorm,
@@ -79,7 +80,7 @@ class Fusion(nn.Module):
         self.ratio = ratio
         self.lateral = CellLinear(in_channels, channels, bias=False)  # as published: a norm follows
         self.lateral_norm = CellNorm(channels)
-        self.conv = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
+        self.conv = Conv3d(channels, channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         self.norm = ChannelNorm(channels, relu=True)
 

@@ -1,7 +1,7 @@
 """Building blocks shared by backbones, heads and decoders. Must not know what a detector is."""
 
 from seg3d_monai.layers.cell_linear import CellLinear
-from seg3d_monai.layers.conv import ConvNormAct, group_norm
+from seg3d_monai.layers.conv import Conv3d, ConvNormAct, group_norm
 from seg3d_monai.layers.deformable_attention import DeformableAttention3d
 from seg3d_monai.layers.mlp import MLP
 from seg3d_monai.layers.norm import CellNorm, ChannelNorm, GroupNorm, LayerNorm
@@ -18,6 +18,7 @@ __all__ = [
     "CellLinear",
     "CellNorm",
     "ChannelNorm",
+    "Conv3d",
     "ConvNormAct",
     "CrossAttention",
     "DeformableAttention3d",

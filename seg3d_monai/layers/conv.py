@@ -13,6 +13,23 @@ def group_norm(channels: int, groups: int = 8, relu: bool = False) -> GroupNorm:
     return GroupNorm(groups if channels % groups == 0 else 1, channels, relu=relu)
 
 
+class Conv3d(nn.Conv3d):
+    """torch's Conv3d, in float32 where oneDNN's bf16 gradient by the weights is wrong.
+
+    On CPUs with AVX512-BF16 and without AMX, oneDNN 3.12 adds that gradient to memory that it has not cleared, if the
+    input has fewer planes than the kernel and more than one. Outputs keep the dtype of the input there.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_channels, D, H, W] -> [N, out_channels, D', H', W']."""
+        is_shallow = input.device.type == "cpu" and 1 < input.shape[2] < self.kernel_size[0]
+        if not (is_shallow and (torch.is_autocast_enabled("cpu") or input.dtype == torch.bfloat16)):
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast("cpu", enabled=False):
+            return self._conv_forward(input.float(), self.weight.float(), bias).to(input.dtype)
+
+
 class ConvNormAct(nn.Sequential):
     """3D convolution, GroupNorm and, unless `act` is False, ReLU. Keeps the size at stride 1 (odd kernels).
 
@@ -40,7 +57,7 @@ class ConvNormAct(nn.Sequential):
         if any(k % 2 == 0 for k in kernel):
             raise ValueError(f"kernel_size is {kernel_size!r}; give odd extents, which keep the size at stride 1")
         padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
-        conv = nn.Conv3d(in_channels, out_channels, kernel, step, padding, bias=False)
+        conv = Conv3d(in_channels, out_channels, kernel, step, padding, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         super().__init__(conv, group_norm(out_channels, relu=act))
 

@@ -12,12 +12,12 @@ from monai.transforms import (
     RandAdjustContrastd,
     RandFlipd,
     RandGaussianNoised,
-    RandGaussianSmoothd,
     RandScaleIntensityd,
     RandShiftIntensityd,
 )
 
 from seg3d_monai.data.transforms import (
+    RandBlurd,
     RandChannelDropd,
     RandCoarseZd,
     RandTurnPlaned,
@@ -209,7 +209,7 @@ def test_an_unequal_plane_is_turned_only_in_micrometres() -> None:
 
 def test_each_step_has_its_own_probability() -> None:
     steps = {
-        "blur_prob": RandGaussianSmoothd,
+        "blur_prob": RandBlurd,
         "gamma_prob": RandAdjustContrastd,
         "contrast_prob": RandScaleIntensityd,
         "shift_prob": RandShiftIntensityd,

@@ -1,11 +1,35 @@
-"""Coarse planes and missing channels against hand-made numbers."""
+"""Blur against MONAI's, coarse planes and missing channels against hand-made numbers."""
 
 import numpy as np
 import pytest
 import torch
+from monai.transforms import GaussianSmooth
 
-from seg3d_monai.data.transforms import RandChannelDropd, RandCoarseZd
+from seg3d_monai.data.transforms import RandBlurd, RandChannelDropd, RandCoarseZd
 from seg3d_monai.data.transforms_intensity import coarsening
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.6, 1.7])
+def test_blur_is_that_of_monai_with_half_of_it_in_z(sigma: float) -> None:
+    data = {"image": torch.rand(2, 7, 12, 9), "label": torch.ones(1, 7, 12, 9, dtype=torch.int32)}
+    result = RandBlurd(prob=1.0, sigma_range=(sigma, sigma))(data)
+    # MONAI calls the first spatial axis x; it is z here.
+    wanted = GaussianSmooth(sigma=(sigma / 2, sigma, sigma))(data["image"])
+    assert torch.allclose(result["image"], torch.as_tensor(wanted), atol=1e-6)
+    assert result["image"].dtype == torch.float32
+    assert result["label"] is data["label"]
+
+
+def test_blur_is_drawn_for_each_axis_and_repeats_with_the_seed() -> None:
+    data = {"image": torch.zeros(1, 15, 15, 15)}
+    data["image"][0, 7, 7, 7] = 1.0
+    first, again, other = (
+        RandBlurd(prob=1.0, sigma_range=(0.5, 2.0)).set_random_state(seed=seed)(data)["image"][0] for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-3)
+    assert first[7, 7, 8] != pytest.approx(first[7, 8, 7].item(), rel=1e-3)
+    assert torch.equal(RandBlurd(prob=0.0)(data)["image"], data["image"])
 
 
 def test_slabs_of_two_planes_are_averaged_and_interpolated() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seg3d_monai.layers import ConvNormAct, group_norm
+from seg3d_monai.layers import Conv3d, ConvNormAct, group_norm
 from seg3d_monai.layers.conv import check_axes
 
 
@@ -59,3 +59,23 @@ def test_check_axes_returns_a_tuple_of_int():
 def test_check_axes_names_argument_and_value(value):
     with pytest.raises(ValueError, match=r"^stride is .*\(z, y, x\)"):
         check_axes("stride", value)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3), (5, 3, 1)])
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_bf16_gradients_are_those_of_float32_in_shallow_crops(depth, kernel, is_autocast):
+    generator = torch.Generator().manual_seed(depth)
+    conv = Conv3d(32, 16, kernel, padding=[k // 2 for k in kernel])
+    x, grad = torch.randn(2, 32, depth, 5, 6, generator=generator), torch.randn(2, 16, depth, 5, 6, generator=generator)
+    truth = F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)
+    (wanted,) = torch.autograd.grad(truth, conv.weight, grad)
+    conv = conv if is_autocast else conv.bfloat16()
+    for _ in range(3):
+        freed = [torch.full((2**k,), torch.nan) for k in range(4, 20)]  # what memory that is not cleared would hold
+        del freed
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            out = conv(x if is_autocast else x.bfloat16())
+        (found,) = torch.autograd.grad(out, conv.weight, grad.to(out.dtype))
+        assert (out.float() - truth).abs().max() < 0.03 * truth.abs().max()
+        assert (found.float() - wanted).abs().max() < 0.03 * wanted.abs().max()
