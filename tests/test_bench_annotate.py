@@ -42,18 +42,19 @@ def options_of(dataset, **changes):
 
 def test_labels_of_all_training_specimens_but_a_few_are_hidden(dataset):
     from bench.data.annotate import divided, hidden
+    from bench.data.annotate_options import AnnotateOptions
 
     rows = divided(options_of(dataset), dataset.parent)
     assert [(row.specimen, row.split) for row in rows[::2]] == [("A", "train"), ("B", "train"), ("C", "val")]
-    kept = hidden(rows, 1, seed=0)
-    labelled = [row.specimen for row in kept if row.label is not None]
-    assert labelled in (["A", "A", "C", "C"], ["B", "B", "C", "C"])
-    assert {tuple(row.specimen for row in hidden(rows, 1, seed) if row.label) for seed in range(9)} == {
-        ("A", "A", "C", "C"),
-        ("B", "B", "C", "C"),
+    seen = {tuple(row.specimen for row in hidden(rows, AnnotateOptions(seed=seed)) if row.label) for seed in range(9)}
+    assert seen == {("A", "A", "C", "C"), ("B", "B", "C", "C")}
+    one_volume = {
+        tuple(row.name for row in hidden(rows, AnnotateOptions(seed=seed, start_volumes=1)) if row.label)
+        for seed in range(30)
     }
+    assert one_volume == {(name, "C_0", "C_1") for name in ("A_0", "A_1", "B_0", "B_1")}
     with pytest.raises(ValueError, match="--start_specimens 2: choose 1 to 1 of 2"):
-        hidden(rows, 2, seed=0)
+        hidden(rows, AnnotateOptions(start_specimens=2))
     with pytest.raises(ValueError, match=r"--val_specimens \['D'\]: choose among \['A', 'B', 'C'\]"):
         divided(options_of(dataset, val_specimens=("D",)), dataset.parent)
 

@@ -18,6 +18,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from bench.data.annotate_options import AnnotateOptions
 from bench.data.bars import Row
 from bench.data.command import command_line
 from bench.data.options import Options
@@ -52,7 +53,7 @@ def measure(options: Options) -> list[Row]:
     if options.is_quick:
         options = replace(options, annotate=replace(options.annotate, **QUICK))
     truth = {row.name: row for row in divided(options, folder)}
-    start_rows = hidden(list(truth.values()), options.annotate.start_specimens, options.annotate.seed)
+    start_rows = hidden(list(truth.values()), options.annotate)
     write_manifest(folder / "start.json", start_rows)
     common = {"manifest": folder / "start.json", "num_labelled": sum(is_seen(row) for row in start_rows)}
     begun = train(folder / "start.json", folder / "start", options.annotate.start_minutes, options)
@@ -127,15 +128,23 @@ def is_seen(row: ManifestRow) -> bool:
     return row.split == "train" and row.label is not None
 
 
-def hidden(rows: Sequence[ManifestRow], num_specimens: int, seed: int) -> list[ManifestRow]:
-    """The rows without the labels of all training specimens but a few, which are drawn."""
-    specimens = sorted({row.specimen for row in rows if row.split == "train"})
-    if not 0 < num_specimens < len(specimens):
-        raise ValueError(f"--start_specimens {num_specimens}: choose 1 to {len(specimens) - 1} of {len(specimens)}")
-    kept = {specimens[i] for i in np.random.default_rng([seed, 5]).permutation(len(specimens))[:num_specimens]}
-    return [
-        row if row.split != "train" or row.specimen in kept else replace(row, label=None, classes=0) for row in rows
-    ]
+def hidden(rows: Sequence[ManifestRow], options: AnnotateOptions) -> list[ManifestRow]:
+    """The rows without the labels of all training volumes but a few of a few specimens, which are drawn."""
+    names: dict[str | None, list[str]] = {}
+    for row in rows:
+        if row.split == "train":
+            names.setdefault(row.specimen, []).append(row.name)
+    if not options.start_specimens < len(names):
+        raise ValueError(f"--start_specimens {options.start_specimens}: choose 1 to {len(names) - 1} of {len(names)}")
+    draw = np.random.default_rng([options.seed, 5])
+    specimens = sorted(names, key=str)
+    chosen = [specimens[i] for i in draw.permutation(len(specimens))[: options.start_specimens]]
+    kept = {
+        names[specimen][i]
+        for specimen in chosen
+        for i in draw.permutation(len(names[specimen]))[: options.start_volumes or None]
+    }
+    return [row if row.split != "train" or row.name in kept else replace(row, label=None, classes=0) for row in rows]
 
 
 def suggest(start: Path, regions: Path, strategy: str, seed: int, options: Options) -> None:

@@ -10,6 +10,7 @@ class AnnotateOptions:
 
     Attributes:
         start_specimens: training specimens whose labels are there from the beginning.
+        start_volumes: volumes of each of them whose labels are there, drawn; 0 for all.
         start_minutes: minutes of the training on these.
         annotate_minutes: minutes that each training goes on.
         num_regions: regions to annotate.
@@ -23,6 +24,7 @@ class AnnotateOptions:
     """
 
     start_specimens: int = 1
+    start_volumes: int = 0
     start_minutes: float = 5.0
     annotate_minutes: float = 5.0
     num_regions: int = 10
@@ -37,6 +39,7 @@ class AnnotateOptions:
 
 HELP = {
     "start_specimens": "training specimens with labels from the beginning, default 1",
+    "start_volumes": "volumes of each of these specimens with labels, default all",
     "start_minutes": "minutes of the training on these, default 5",
     "annotate_minutes": "minutes that each training goes on, default 5",
     "num_regions": "regions to annotate, default 10",
