@@ -16,6 +16,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 """Numbers of glibc's malloc.h."""
 SMALL, LARGEST = 4 * 2**20, 32 * 2**20
 """Bytes: what is small beside a block of voxels; the highest limit that glibc takes on 64 bits."""
+MOST_ARRAYS = 65536
+"""Arrays from the system at a time, glibc's own limit."""
 MOST_HEAPS = 64
 """Threads to begin in search of the main heap; glibc makes eight heaps a processor at most."""
 
@@ -23,12 +25,13 @@ MOST_HEAPS = 64
 def give_back_at_once() -> bool:
     """Give arrays of more than 4 MB back as soon as they are freed, in this process from now on.
 
-    For a loader's workers: the heap of each would keep more than a crop takes.
+    For a loader's workers, whose heaps would each keep more than a crop takes, and for the steps of a whole-stack run
+    that follow the network, whose arrays are of many sizes and leave gaps in the one heap.
 
     Returns:
         Whether the C library could be told.
     """
-    return _set_limits(SMALL, SMALL)
+    return _set_limits(SMALL, SMALL, MOST_ARRAYS)
 
 
 def keep_freed_memory() -> bool:
@@ -40,7 +43,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library could be told.
     """
-    return _set_limits(LARGEST, 2**31 - 1)
+    return _set_limits(LARGEST, 2**31 - 1, MOST_ARRAYS)
 
 
 def share_one_heap() -> bool:
@@ -97,10 +100,11 @@ def give_back() -> None:
         libc.malloc_trim(0)
 
 
-def _set_limits(from_heap: int, kept: int) -> bool:
-    """From which size arrays come from the system, and how much a heap keeps, bytes."""
+def _set_limits(from_heap: int, kept: int, most_arrays: int) -> bool:
+    """From which size arrays come from the system and how much a heap keeps, bytes; and how many such arrays."""
     libc = _glibc()
-    return libc is not None and bool(libc.mallopt(M_MMAP_THRESHOLD, from_heap) and libc.mallopt(M_TRIM_THRESHOLD, kept))
+    options = ((M_MMAP_THRESHOLD, from_heap), (M_TRIM_THRESHOLD, kept), (M_MMAP_MAX, most_arrays))
+    return libc is not None and all(libc.mallopt(option, value) for option, value in options)
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from seg3d_monai.data.freed_memory import main_heap_thread, share_one_heap
+from seg3d_monai.data.freed_memory import give_back, main_heap_thread, share_one_heap
 from seg3d_monai.data.intensity import check_block
 from seg3d_monai.inference.blocks import Block, BlockPlan, Roi, roi_shape
 from seg3d_monai.inference.evidence import Census, Ints, Links, link_block, take_census
@@ -27,6 +27,9 @@ from seg3d_monai.inference.paint import Claims, paint_block
 from seg3d_monai.inference.schedule import Workers
 from seg3d_monai.inference.table import ObjectCounts, count_objects
 from seg3d_monai.inference.writer import LabelWriter
+
+BLOCKS_OF_A_HEAP = 32
+"""Blocks after which a worker gives back what is free: what the heap's gaps hold would grow with the stack."""
 
 Predictor = Callable[[torch.Tensor, Roi], Instances]
 Rows = Mapping[int, Sequence[PackedInstance]]
@@ -84,6 +87,7 @@ class BlockWorker:
         self._volumes = volumes
         self._predictors = predictors
         self._min_score = min_score
+        self._num_predicted = 0
         # Always the same thread: every thread would keep the memory of a forward pass for itself.
         self._network = network_thread or ThreadPoolExecutor(
             1, "network", torch.set_num_threads, (torch.get_num_threads(),)
@@ -113,6 +117,9 @@ class BlockWorker:
                 placed = instances.place(block.read)
                 kept = [i for i in placed if self._min_score is None or i.score >= self._min_score]
                 results[block.index] = pack_instances(placed), take_census(self._plan, block.index, kept)
+                self._num_predicted += 1
+                if self._num_predicted % BLOCKS_OF_A_HEAP == 0:
+                    give_back()
         return [results[index] for index in indices]
 
     def count(self, block: int, rows: Rows) -> Census:

@@ -1,4 +1,4 @@
-"""Losses of Mask R-CNN (He et al. 2017) in 3D: anchors, RoIs and masks, against label volume + ids.
+"""Losses of Mask R-CNN (He et al. 2017) in 3D: anchors, RoIs, masks, semantic maps, against label volume + ids.
 
 Objectness is binary cross-entropy and class is cross-entropy, boxes are smooth L1 on encoded deltas, masks are binary
 cross-entropy plus soft Dice, which keeps thin and small masks from being outvoted by their box's background.
@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seg3d_monai.losses.counts import Counts, count_targets, or_one
+from seg3d_monai.losses.semantic import semantic_losses
 from seg3d_monai.matching import IoUMatcher, sample_balanced
 from seg3d_monai.ops import mask_targets3d
 from seg3d_monai.ops.boxes import ANCHOR_WEIGHTS, ROI_WEIGHTS, encode_boxes
 
-LOSSES = ("objectness", "anchor_box", "class", "roi_box", "mask_bce", "mask_dice")
+LOSSES = ("objectness", "anchor_box", "class", "roi_box", "mask_bce", "mask_dice", "semantic_bce", "semantic_dice")
 
 
 class MaskRCNNCriterion:
@@ -28,7 +29,7 @@ class MaskRCNNCriterion:
         matcher: assigns anchors to true boxes.
         num_anchor_samples: anchors of an image that enter the loss.
         anchor_foreground_fraction: largest share of foreground among them.
-        weights: weight of some of "objectness", "anchor_box", "class", "roi_box", "mask_bce", "mask_dice"; others 1.
+        weights: weights of some of `LOSSES`; others 1. Those of semantic maps exist with a network that has them.
 
     Raises:
         ValueError: a weight for a loss that does not exist.
@@ -70,10 +71,12 @@ class MaskRCNNCriterion:
         """
         counts = count_targets(targets) if counts is None else counts
         losses = self._anchor_losses(outputs, targets) | self._roi_losses(outputs, targets)
+        if "semantic_logits" in outputs:
+            losses |= semantic_losses(outputs["semantic_logits"], [target["label"] for target in targets])
         losses = {name: loss / counts["images"] for name, loss in losses.items()}
         masks = self._mask_losses(outputs, targets)
         losses |= {name: loss / or_one(counts["occupied"]) for name, loss in masks.items()}
-        return {name: self.weights[name] * losses[name] for name in LOSSES}
+        return {name: self.weights[name] * losses[name] for name in LOSSES if name in losses}
 
     def _anchor_losses(
         self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]

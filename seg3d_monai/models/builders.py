@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from seg3d_monai.backbones import FeaturePyramid, resnet_backbone
-from seg3d_monai.heads import AnchorGrid, BoxHead, MaskHead, RoIPooler, RPNHead
+from seg3d_monai.heads import AnchorGrid, BoxHead, MaskHead, RoIPooler, RPNHead, SemanticHead
 from seg3d_monai.matching import IoUMatcher
 from seg3d_monai.models.mask_rcnn import MaskRCNN3d
 
@@ -25,6 +25,7 @@ def maskrcnn3d(
     mask_convs: int = 4,
     mask_levels: Sequence[str] | None = None,
     sampling_ratio: int = 2,
+    semantic: bool = False,
     roi_foreground_iou: float = 0.5,
     num_roi_samples: int = 128,
     roi_foreground_fraction: float = 0.5,
@@ -54,6 +55,7 @@ def maskrcnn3d(
         mask_levels: pyramid levels that masks are pooled from; default as boxes. One fine level gives sharper
             masks of small objects.
         sampling_ratio: RoIAlign samples a bin and axis.
+        semantic: whether foreground and borders are learned beside, on the finest level of `mask_levels`.
         roi_foreground_iou: least IoU of a proposal with a true box that it is trained on.
         num_roi_samples, roi_foreground_fraction, num_mask_samples, pre_nms_top_n, post_nms_top_n,
             proposal_nms_threshold, min_objectness, score_threshold, detection_nms_threshold,
@@ -91,6 +93,7 @@ def maskrcnn3d(
         mask_head=MaskHead(
             in_channels=fpn_channels, channels=mask_channels, num_convs=mask_convs, num_classes=num_classes
         ),
+        semantic_head=SemanticHead(in_channels=fpn_channels, level=read_for_masks[0]) if semantic else None,
         roi_matcher=IoUMatcher(foreground_iou=roi_foreground_iou, background_iou=roi_foreground_iou, match_best=False),
         num_roi_samples=num_roi_samples,
         roi_foreground_fraction=roi_foreground_fraction,
@@ -105,7 +108,7 @@ def maskrcnn3d(
     )
 
 
-def maskrcnn3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
+def maskrcnn3d_tiny(*, in_channels: int = 1, num_classes: int = 1, semantic: bool = False) -> MaskRCNN3d:
     """For CPUs: ResNet-10 of width 32, pyramid of 32 channels, cells of about 8 to 40 voxels across."""
     return maskrcnn3d(
         backbone=resnet_backbone(depth=10, in_channels=in_channels, width=32),
@@ -118,6 +121,7 @@ def maskrcnn3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d
         mask_channels=32,
         mask_convs=2,
         mask_levels=("p1",),
+        semantic=semantic,
     )
 
 

@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from seg3d_monai.heads import AnchorGrid, BoxHead, MaskHead, RoIPooler, RPNHead, select_detections, select_proposals
+from seg3d_monai.heads import (
+    AnchorGrid,
+    BoxHead,
+    MaskHead,
+    RoIPooler,
+    RPNHead,
+    SemanticHead,
+    select_detections,
+    select_proposals,
+)
 from seg3d_monai.matching import IoUMatcher, sample_balanced
 
 logger = logging.getLogger(__name__)
@@ -34,6 +43,7 @@ class MaskRCNN3d(nn.Module):
         box_head: RoI features -> class logits and deltas.
         mask_pooler: features of boxes, for the mask head.
         mask_head: RoI features -> mask logits.
+        semantic_head: features -> foreground and borders, in training only; or None.
         roi_matcher: assigns proposals to true boxes in training.
         num_roi_samples: proposals of an image that the box head is trained on.
         roi_foreground_fraction: largest share of foreground among them.
@@ -60,6 +70,7 @@ class MaskRCNN3d(nn.Module):
         box_head: BoxHead,
         mask_pooler: RoIPooler,
         mask_head: MaskHead,
+        semantic_head: SemanticHead | None = None,
         roi_matcher: IoUMatcher,
         num_roi_samples: int = 128,
         roi_foreground_fraction: float = 0.5,
@@ -80,6 +91,7 @@ class MaskRCNN3d(nn.Module):
         self.box_head = box_head
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
+        self.semantic_head = semantic_head
         self.roi_matcher = roi_matcher
         self.num_roi_samples = num_roi_samples
         self.roi_foreground_fraction = roi_foreground_fraction
@@ -111,7 +123,8 @@ class MaskRCNN3d(nn.Module):
         Returns:
             In training the outputs that `MaskRCNNCriterion` takes: anchors [A, 6], objectness [N, A],
             anchor_deltas [N, A, 6]; rois [R, 6] with roi_batch, roi_matched, class_logits [R, K + 1], roi_deltas;
-            mask_rois [P, 6] with mask_batch, mask_matched, mask_logits [P, K, d, h, w].
+            mask_rois [P, 6] with mask_batch, mask_matched, mask_logits [P, K, d, h, w]; with a semantic head
+            semantic_logits [N, 2, d, h, w].
             In evaluation, for each image {"boxes" [M, 6], "scores" [M], "classes" [M], "mask_logits" [M, d, h, w]}.
 
         Raises:
@@ -141,6 +154,8 @@ class MaskRCNN3d(nn.Module):
             "objectness": torch.cat(objectness, 1),
             "anchor_deltas": torch.cat(deltas, 1),
         }
+        if self.semantic_head is not None:
+            outputs["semantic_logits"] = self.semantic_head(features)
         outputs |= self._sample(proposals, targets)
         roi_features = self.box_pooler(features, outputs["rois"], outputs["roi_batch"])
         outputs["class_logits"], outputs["roi_deltas"] = self.box_head(roi_features)

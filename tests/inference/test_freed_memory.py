@@ -108,6 +108,34 @@ def test_a_training_uses_freed_memory_again():
     assert shares["keep_freed_memory"] <= shares["nothing"] <= shares["give_back_at_once"] + 0.01
 
 
+KEPT_OF_A_LARGE_ARRAY = """
+import numpy as np
+from seg3d_monai.data.freed_memory import give_back_at_once, share_one_heap
+
+def resident():
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+def kept():
+    before = resident()
+    large, small = np.ones(100 * 2**20, np.uint8), np.ones(2**16, np.uint8)  # the small one keeps the heap's end
+    del large
+    return (resident() - before) / 2**20, small
+
+share_one_heap()
+in_a_run, first = kept()
+give_back_at_once()
+print(in_a_run, kept()[0])
+"""
+
+
+@needs_glibc
+def test_large_arrays_go_back_at_once_after_the_network_of_a_run():
+    done = subprocess.run([sys.executable, "-c", KEPT_OF_A_LARGE_ARRAY], capture_output=True, text=True, check=True)
+    in_a_run, afterwards = map(float, done.stdout.split())
+    assert in_a_run > 90
+    assert afterwards < 5
+
+
 FAULTS_OF_A_NETWORK = """
 import resource, sys, threading
 import numpy as np

@@ -35,7 +35,9 @@ def of_parts(prefixes, names):
 
 
 TERMS = {
-    "maskrcnn": ["objectness", "anchor_box", "class", "roi_box", "mask_bce", "mask_dice"],
+    "maskrcnn": [
+        *["objectness", "anchor_box", "class", "roi_box", "mask_bce", "mask_dice", "semantic_bce", "semantic_dice"]
+    ],
     "mask2former": of_parts(["", "aux_", "encoder_"], MASKS),
     "maskdino": of_parts(["", "aux_", "encoder_", "denoising_"], MASKS + BOXES),
 }
@@ -60,6 +62,7 @@ def network_of(kind, seed=0):
         mask_roi_size=(3, 4, 4),
         mask_channels=8,
         mask_convs=1,
+        semantic=True,
         num_roi_samples=32,
         num_mask_samples=8,
         pre_nms_top_n=(100, 100),
