@@ -17,6 +17,7 @@ class FeaturePyramid(nn.Module):
         levels: backbone levels to fuse, finest first; default all. Output names are the input names with
             their first letter replaced by "p" ("c2" -> "p2").
         out_levels: pyramid levels to output, such as "p2"; default all. Others only pass their content down.
+        norm: of `ConvNormAct`.
 
     Raises:
         ValueError: a level that the backbone or the pyramid does not have, or a level that does not tile the finer one.
@@ -29,6 +30,7 @@ class FeaturePyramid(nn.Module):
         out_channels: int,
         levels: Sequence[str] | None = None,
         out_levels: Sequence[str] | None = None,
+        norm: str = "group",
     ) -> None:
         super().__init__()
         channels: dict[str, int] = backbone.channels  # type: ignore[assignment]
@@ -48,8 +50,10 @@ class FeaturePyramid(nn.Module):
                 raise ValueError(f"strides of {fine} {strides[fine]} do not divide those of {coarse} {strides[coarse]}")
             self.ratios[fine] = tuple(c // f for f, c in zip(strides[fine], strides[coarse], strict=True))
         self.backbone = backbone
-        self.lateral = nn.ModuleDict({v: ConvNormAct(channels[v], out_channels, 1, act=False) for v in self.levels})
-        self.output = nn.ModuleDict({v: ConvNormAct(out_channels, out_channels, 3) for v in read})
+        self.lateral = nn.ModuleDict(
+            {v: ConvNormAct(channels[v], out_channels, 1, act=False, norm=norm) for v in self.levels}
+        )
+        self.output = nn.ModuleDict({v: ConvNormAct(out_channels, out_channels, 3, norm=norm) for v in read})
         self.channels = {names[v]: out_channels for v in read}
         self.strides = {names[v]: strides[v] for v in read}
 

@@ -1,4 +1,4 @@
-"""3D residual networks (He et al. 2016) with GroupNorm and a stride per axis for anisotropic voxels.
+"""3D residual networks (He et al. 2016) with a stride per axis for anisotropic voxels.
 
 Level `c1` is the first stage; a level's stride is the product of the stem's and of all stages' up to it.
 """
@@ -23,25 +23,27 @@ class Residual(nn.Module):
         width: channels of the inner convolutions; the output has `width * expansion`.
         stride: (z, y, x) stride of the block.
         bottleneck: whether the block is a bottleneck.
+        norm: of `ConvNormAct`.
     """
 
-    def __init__(self, in_channels: int, width: int, stride: Axes, bottleneck: bool) -> None:
+    def __init__(self, in_channels: int, width: int, stride: Axes, bottleneck: bool, norm: str = "group") -> None:
         super().__init__()
         out_channels = width * (4 if bottleneck else 1)
         if bottleneck:
             self.body = nn.Sequential(
-                ConvNormAct(in_channels, width, 1),
-                ConvNormAct(width, width, 3, stride),
-                ConvNormAct(width, out_channels, 1, act=False),
+                ConvNormAct(in_channels, width, 1, norm=norm),
+                ConvNormAct(width, width, 3, stride, norm=norm),
+                ConvNormAct(width, out_channels, 1, act=False, norm=norm),
             )
         else:
             self.body = nn.Sequential(
-                ConvNormAct(in_channels, width, 3, stride), ConvNormAct(width, out_channels, 3, act=False)
+                ConvNormAct(in_channels, width, 3, stride, norm=norm),
+                ConvNormAct(width, out_channels, 3, act=False, norm=norm),
             )
         # A block starts as the identity: deep stacks then train without warm-up of the signal's scale.
         nn.init.zeros_(self.body[-1][1].weight)  # type: ignore[index]
         same = in_channels == out_channels and stride == (1, 1, 1)
-        self.shortcut = nn.Identity() if same else ConvNormAct(in_channels, out_channels, 1, stride, act=False)
+        self.shortcut = nn.Identity() if same else ConvNormAct(in_channels, out_channels, 1, stride, False, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, D, H, W] -> [N, width * expansion, D', H', W']."""
@@ -62,6 +64,7 @@ class ResNet(nn.Module):
         stage_strides: (z, y, x) stride of each stage.
         bottleneck: bottleneck blocks instead of basic ones.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        norm: of `ConvNormAct`.
 
     Raises:
         ValueError: the stage lists differ in length, a stage has no block, or a stride is not three positive integers.
@@ -79,6 +82,7 @@ class ResNet(nn.Module):
         stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
         bottleneck: bool = False,
         activation_checkpointing: bool = False,
+        norm: str = "group",
     ) -> None:
         super().__init__()
         if not len(depths) == len(widths) == len(stage_strides):
@@ -90,7 +94,7 @@ class ResNet(nn.Module):
             raise ValueError(f"depths is {list(depths)}; give each stage at least one block")
         self.activation_checkpointing = activation_checkpointing
         stride = check_axes("stem_stride", stem_stride)
-        self.stem = ConvNormAct(in_channels, stem_channels, check_axes("stem_kernel", stem_kernel), stride)
+        self.stem = ConvNormAct(in_channels, stem_channels, check_axes("stem_kernel", stem_kernel), stride, norm=norm)
         self.stages = nn.ModuleDict()
         self.channels: dict[str, int] = {}
         self.strides: dict[str, Axes] = {}
@@ -99,7 +103,7 @@ class ResNet(nn.Module):
             step = check_axes("stage_strides", step)
             blocks = []
             for j in range(depth):
-                blocks.append(Residual(channels, width, step if j == 0 else (1, 1, 1), bottleneck))
+                blocks.append(Residual(channels, width, step if j == 0 else (1, 1, 1), bottleneck, norm))
                 channels = width * (4 if bottleneck else 1)
             self.stages[f"c{i}"] = nn.Sequential(*blocks)
             stride = (stride[0] * step[0], stride[1] * step[1], stride[2] * step[2])
@@ -142,6 +146,7 @@ def resnet_backbone(
     stem_stride: Sequence[int] = (1, 2, 2),
     stage_strides: Sequence[Sequence[int]] = DEFAULT_STRIDES,
     activation_checkpointing: bool = False,
+    norm: str = "group",
 ) -> ResNet:
     """ResNet of a named depth.
 
@@ -151,7 +156,7 @@ def resnet_backbone(
         width: width of the first stage, doubled at each following one.
         stem_stride: (z, y, x) stride of the stem.
         stage_strides: (z, y, x) stride of each of the four stages.
-        activation_checkpointing: see `ResNet`.
+        activation_checkpointing, norm: see `ResNet`.
 
     Raises:
         ValueError: another depth.
@@ -168,4 +173,5 @@ def resnet_backbone(
         stage_strides=stage_strides,
         bottleneck=bottleneck,
         activation_checkpointing=activation_checkpointing,
+        norm=norm,
     )

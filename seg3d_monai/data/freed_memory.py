@@ -25,8 +25,7 @@ MOST_HEAPS = 64
 def give_back_at_once() -> bool:
     """Give arrays of more than 4 MB back as soon as they are freed, in this process from now on.
 
-    For a loader's workers, whose heaps would each keep more than a crop takes, and for the steps of a whole-stack run
-    that follow the network, whose arrays are of many sizes and leave gaps in the one heap.
+    For a loader's workers: the heap of each would keep more than a crop takes.
 
     Returns:
         Whether the C library could be told.
@@ -38,7 +37,8 @@ def keep_freed_memory() -> bool:
     """Keep freed arrays of up to 32 MB, in this process from now on; the peak of memory stays what it is.
 
     For training: a step on the CPU frees and asks for the same gigabytes again and again, and the system clears every
-    page of them anew.
+    page of them anew. And for the steps of a whole-stack run that follow the network: what is larger is of many sizes
+    there, and would leave gaps in the one heap.
 
     Returns:
         Whether the C library could be told.

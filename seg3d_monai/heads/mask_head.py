@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from seg3d_monai.layers import ConvNormAct
@@ -10,12 +11,16 @@ from seg3d_monai.layers import ConvNormAct
 class MaskHead(nn.Module):
     """3³ convolutions, a transposed convolution that doubles the resolution, and one logit a class.
 
+    With `image_channels` another 3³ convolution follows the transposed one, and reads the image beside the features: these
+    are of a level that is coarser than masks of small objects.
+
     Args:
         in_channels: channels of the RoI features.
         channels: channels of the convolutions.
         num_convs: how many convolutions.
         num_classes: foreground classes.
         upsample: (z, y, x) factor of the transposed convolution.
+        image_channels: channels of the image that it reads; 0 reads none.
     """
 
     def __init__(
@@ -26,15 +31,27 @@ class MaskHead(nn.Module):
         num_convs: int,
         num_classes: int,
         upsample: tuple[int, int, int] = (2, 2, 2),
+        image_channels: int = 0,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [channels] * num_convs
         self.body = nn.Sequential(*(ConvNormAct(a, b) for a, b in pairwise(widths)))
         step = (upsample[0], upsample[1], upsample[2])
         self.up = nn.Sequential(nn.ConvTranspose3d(widths[-1], channels // 2, step, step), nn.ReLU(inplace=True))
+        self.image_channels = image_channels
+        self.detail = ConvNormAct(channels // 2 + image_channels, channels // 2) if image_channels else None
         self.logits = nn.Conv3d(channels // 2, num_classes, 1)
 
-    def forward(self, roi_features: Tensor) -> Tensor:
-        """[K, C, d, h, w] -> [K, num_classes, 2d, 2h, 2w] float32 (at the default `upsample`)."""
-        logits: Tensor = self.logits(self.up(self.body(roi_features)))
+    def forward(self, roi_features: Tensor, roi_images: Tensor | None = None) -> Tensor:
+        """[K, C, d, h, w] -> [K, num_classes, 2d, 2h, 2w] float32 (at the default `upsample`).
+
+        Args:
+            roi_features: features of each box.
+            roi_images: the image in each box, [K, image_channels, 2d, 2h, 2w], where the head reads it.
+        """
+        x = self.up(self.body(roi_features))
+        if self.detail is not None:
+            assert roi_images is not None
+            x = self.detail(torch.cat([x, roi_images.to(x.dtype)], 1))
+        logits: Tensor = self.logits(x)
         return logits.float()

@@ -17,12 +17,13 @@ class RPNHead(nn.Module):
         in_channels: channels of the levels.
         num_anchors: anchors at each position.
         levels: names of the levels that the head reads, finest first.
+        norm: of `ConvNormAct`.
     """
 
-    def __init__(self, *, in_channels: int, num_anchors: int, levels: Sequence[str]) -> None:
+    def __init__(self, *, in_channels: int, num_anchors: int, levels: Sequence[str], norm: str = "group") -> None:
         super().__init__()
         self.levels = list(levels)
-        self.shared = ConvNormAct(in_channels, in_channels)
+        self.shared = ConvNormAct(in_channels, in_channels, norm=norm)
         self.objectness = nn.Conv3d(in_channels, num_anchors, 1)
         self.deltas = nn.Conv3d(in_channels, num_anchors * 6, 1)
         for layer in (self.objectness, self.deltas):

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from seg3d_monai.data.freed_memory import give_back, give_back_at_once
+from seg3d_monai.data.freed_memory import give_back, keep_freed_memory
 from seg3d_monai.inference.blocks import BlockPlan
 from seg3d_monai.inference.journal import DONE, EMPTY, UNREADABLE, Journal
 from seg3d_monai.inference.paint import Stitched, stitch_records
@@ -116,7 +116,7 @@ class Run:
 
     def stitch(self) -> Stitched:
         """Join the instances of all blocks into objects."""
-        give_back_at_once()  # the network, for which a run keeps all that is freed, is done
+        keep_freed_memory()  # but no more than before a run, whose network is done
         give_back()
         records = gather_records(len(self.plan), self.journal.evidence_counts(), self.journal.evidence())
         return stitch_records(

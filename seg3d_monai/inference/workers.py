@@ -28,7 +28,7 @@ from seg3d_monai.inference.schedule import Workers
 from seg3d_monai.inference.table import ObjectCounts, count_objects
 from seg3d_monai.inference.writer import LabelWriter
 
-BLOCKS_OF_A_HEAP = 32
+BLOCKS_OF_A_HEAP = 16
 """Blocks after which a worker gives back what is free: what the heap's gaps hold would grow with the stack."""
 
 Predictor = Callable[[torch.Tensor, Roi], Instances]

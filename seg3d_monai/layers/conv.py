@@ -1,11 +1,19 @@
-"""Convolution blocks. GroupNorm throughout: crops are large and batches small, so batch statistics would be noise."""
+"""Convolution blocks. No batch norm: crops are large and batches small, so batch statistics would be noise.
+
+"group" is GroupNorm, whose statistics are of all that is seen: features of a cell depend on how much background a crop or
+a block shows. "channel" is a LayerNorm over the channels of each cell, which looks at nothing else, so that the same
+features come from blocks of any size; its convolution has a bias, without which no cell could be told from a brighter
+one.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from seg3d_monai.layers.norm import GroupNorm
+from seg3d_monai.layers.norm import ChannelNorm, GroupNorm
+
+NORMS = ("group", "channel")
 
 
 def group_norm(channels: int, groups: int = 8, relu: bool = False) -> GroupNorm:
@@ -31,7 +39,7 @@ class Conv3d(nn.Conv3d):
 
 
 class ConvNormAct(nn.Sequential):
-    """3D convolution, GroupNorm and, unless `act` is False, ReLU. Keeps the size at stride 1 (odd kernels).
+    """3D convolution, norm and, unless `act` is False, ReLU. Keeps the size at stride 1 (odd kernels).
 
     Args:
         in_channels: input channels.
@@ -39,9 +47,10 @@ class ConvNormAct(nn.Sequential):
         kernel_size: odd extent, one for all axes or (z, y, x).
         stride: stride, one for all axes or (z, y, x); the output size is ceil(size / stride).
         act: whether a ReLU follows.
+        norm: one of `NORMS`.
 
     Raises:
-        ValueError: an even kernel, or a kernel or stride that is not positive.
+        ValueError: an even kernel, a kernel or stride that is not positive, or another norm.
     """
 
     def __init__(
@@ -51,15 +60,21 @@ class ConvNormAct(nn.Sequential):
         kernel_size: int | Sequence[int] = 3,
         stride: int | Sequence[int] = 1,
         act: bool = True,
+        norm: str = "group",
     ) -> None:
+        if norm not in NORMS:
+            raise ValueError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
         kernel = check_axes("kernel_size", (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size)
         step = check_axes("stride", (stride,) * 3 if isinstance(stride, int) else stride)
         if any(k % 2 == 0 for k in kernel):
             raise ValueError(f"kernel_size is {kernel_size!r}; give odd extents, which keep the size at stride 1")
         padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
-        conv = Conv3d(in_channels, out_channels, kernel, step, padding, bias=False)
+        conv = Conv3d(in_channels, out_channels, kernel, step, padding, bias=norm == "channel")
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        super().__init__(conv, group_norm(out_channels, relu=act))
+        is_grouped = norm == "group"
+        super().__init__(
+            conv, group_norm(out_channels, relu=act) if is_grouped else ChannelNorm(out_channels, relu=act)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, D, H, W] -> [N, out_channels, ceil(D/sz), ceil(H/sy), ceil(W/sx)]."""

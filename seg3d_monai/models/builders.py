@@ -24,8 +24,11 @@ def maskrcnn3d(
     mask_channels: int = 256,
     mask_convs: int = 4,
     mask_levels: Sequence[str] | None = None,
+    mask_margin: float = 0.0,
+    mask_image_channels: int = 0,
     sampling_ratio: int = 2,
     semantic: bool = False,
+    norm: str = "group",
     roi_foreground_iou: float = 0.5,
     num_roi_samples: int = 128,
     roi_foreground_fraction: float = 0.5,
@@ -54,8 +57,13 @@ def maskrcnn3d(
         mask_convs: convolutions of the mask head.
         mask_levels: pyramid levels that masks are pooled from; default as boxes. One fine level gives sharper
             masks of small objects.
+        mask_margin: see `MaskRCNN3d`.
+        mask_image_channels: channels of the image, if the mask head reads it beside the features: for outlines finer than
+            the finest level.
         sampling_ratio: RoIAlign samples a bin and axis.
         semantic: whether foreground and borders are learned beside, on the finest level of `mask_levels`.
+        norm: of `ConvNormAct`, in the pyramid and the proposals; the backbone has its own, and masks, which always see a
+            box, GroupNorm.
         roi_foreground_iou: least IoU of a proposal with a true box that it is trained on.
         num_roi_samples, roi_foreground_fraction, num_mask_samples, pre_nms_top_n, post_nms_top_n,
             proposal_nms_threshold, min_objectness, score_threshold, detection_nms_threshold,
@@ -76,13 +84,14 @@ def maskrcnn3d(
         out_channels=fpn_channels,
         levels=fpn_levels,
         out_levels=sorted({*read_for_boxes, *read_for_masks}),
+        norm=norm,
     )
     strides = {level: pyramid.strides[level] for level in read_for_boxes}
     anchors = AnchorGrid(shapes=anchor_shapes, strides=strides)
     return MaskRCNN3d(
         backbone=pyramid,
         anchors=anchors,
-        rpn=RPNHead(in_channels=fpn_channels, num_anchors=anchors.num_anchors, levels=read_for_boxes),
+        rpn=RPNHead(in_channels=fpn_channels, num_anchors=anchors.num_anchors, levels=read_for_boxes, norm=norm),
         box_pooler=RoIPooler(output_size=box_roi_size, strides=strides, sampling_ratio=sampling_ratio),
         box_head=BoxHead(in_channels=fpn_channels, roi_size=box_roi_size, num_classes=num_classes, hidden=box_hidden),
         mask_pooler=RoIPooler(
@@ -91,10 +100,15 @@ def maskrcnn3d(
             sampling_ratio=sampling_ratio,
         ),
         mask_head=MaskHead(
-            in_channels=fpn_channels, channels=mask_channels, num_convs=mask_convs, num_classes=num_classes
+            in_channels=fpn_channels,
+            channels=mask_channels,
+            num_convs=mask_convs,
+            num_classes=num_classes,
+            image_channels=mask_image_channels,
         ),
         semantic_head=SemanticHead(in_channels=fpn_channels, level=read_for_masks[0]) if semantic else None,
         roi_matcher=IoUMatcher(foreground_iou=roi_foreground_iou, background_iou=roi_foreground_iou, match_best=False),
+        mask_margin=mask_margin,
         num_roi_samples=num_roi_samples,
         roi_foreground_fraction=roi_foreground_fraction,
         num_mask_samples=num_mask_samples,

@@ -21,6 +21,8 @@ from seg3d_monai.heads import (
     select_proposals,
 )
 from seg3d_monai.matching import IoUMatcher, sample_balanced
+from seg3d_monai.ops import roi_align3d
+from seg3d_monai.ops.boxes import clip_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ class MaskRCNN3d(nn.Module):
         mask_head: RoI features -> mask logits.
         semantic_head: features -> foreground and borders, in training only; or None.
         roi_matcher: assigns proposals to true boxes in training.
+        mask_margin: share of a box's extent that is added on each side of it for its mask, where boxes cut off too much;
+            detections have these boxes.
         num_roi_samples: proposals of an image that the box head is trained on.
         roi_foreground_fraction: largest share of foreground among them.
         num_mask_samples: foreground proposals of an image that the mask head is trained on.
@@ -72,6 +76,7 @@ class MaskRCNN3d(nn.Module):
         mask_head: MaskHead,
         semantic_head: SemanticHead | None = None,
         roi_matcher: IoUMatcher,
+        mask_margin: float = 0.0,
         num_roi_samples: int = 128,
         roi_foreground_fraction: float = 0.5,
         num_mask_samples: int = 32,
@@ -93,6 +98,7 @@ class MaskRCNN3d(nn.Module):
         self.mask_head = mask_head
         self.semantic_head = semantic_head
         self.roi_matcher = roi_matcher
+        self.mask_margin = mask_margin
         self.num_roi_samples = num_roi_samples
         self.roi_foreground_fraction = roi_foreground_fraction
         self.num_mask_samples = num_mask_samples
@@ -108,7 +114,7 @@ class MaskRCNN3d(nn.Module):
     def extra_repr(self) -> str:
         """The settings of detection, for `repr`: no weight tells them."""
         names = "pre_nms_top_n post_nms_top_n proposal_nms_threshold min_objectness score_threshold"
-        names += " detection_nms_threshold max_detections"
+        names += " detection_nms_threshold max_detections mask_margin"
         return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
 
     def forward(
@@ -146,7 +152,7 @@ class MaskRCNN3d(nn.Module):
             min_objectness=0.0 if self.training else self.min_objectness,
         )
         if not self.training:
-            return self._detect(features, proposals, size, growth)
+            return self._detect(features, images, proposals, growth)
         if targets is None:
             raise ValueError("targets is None in training mode; pass one dict for each image, or call eval() first")
         outputs = {
@@ -159,7 +165,7 @@ class MaskRCNN3d(nn.Module):
         outputs |= self._sample(proposals, targets)
         roi_features = self.box_pooler(features, outputs["rois"], outputs["roi_batch"])
         outputs["class_logits"], outputs["roi_deltas"] = self.box_head(roi_features)
-        outputs["mask_logits"] = self.mask_head(self.mask_pooler(features, outputs["mask_rois"], outputs["mask_batch"]))
+        outputs["mask_logits"] = self._mask_logits(features, images, outputs["mask_rois"], outputs["mask_batch"])
         return outputs
 
     @torch.no_grad()
@@ -174,7 +180,7 @@ class MaskRCNN3d(nn.Module):
             rois.append(boxes[rows])
             matches.append(matched[rows])
             few = foreground[torch.randperm(len(foreground))[: self.num_mask_samples].to(foreground.device)]
-            masks.append((boxes[few], matched[few]))
+            masks.append((self._with_margin(boxes[few], target["label"].shape), matched[few]))
         return {
             "rois": torch.cat(rois),
             "roi_batch": _batch_index(rois),
@@ -185,8 +191,9 @@ class MaskRCNN3d(nn.Module):
         }
 
     def _detect(
-        self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], size: Sequence[int], growth: float
+        self, features: Mapping[str, Tensor], images: Tensor, proposals: Sequence[Tensor], growth: float
     ) -> list[dict[str, Tensor]]:
+        size = images.shape[2:]
         most_proposals, most_detections = round(growth * self.post_nms_top_n[1]), round(growth * self.max_detections)
         detections = []
         for n, boxes in enumerate(proposals):
@@ -210,9 +217,27 @@ class MaskRCNN3d(nn.Module):
                     f"{len(rows)} objects are as many as one image may have, those of scores below {least:.2f} are "
                     f"lost: raise max_detections = {self.max_detections}",
                 )
-            found["mask_logits"] = self._masks(features, found["boxes"], found["classes"], n)
+            found["boxes"] = self._with_margin(found["boxes"], size)
+            found["mask_logits"] = self._masks(features, images, found["boxes"], found["classes"], n)
             detections.append(found)
         return detections
+
+    def _with_margin(self, boxes: Tensor, size: Sequence[int]) -> Tensor:
+        """Boxes [M, 6], enlarged by `mask_margin` within the image."""
+        if self.mask_margin == 0:
+            return boxes
+        margin = self.mask_margin * (boxes[:, 3:] - boxes[:, :3])
+        return clip_boxes(torch.cat([boxes[:, :3] - margin, boxes[:, 3:] + margin], 1), size)
+
+    def _mask_logits(self, features: Mapping[str, Tensor], images: Tensor, boxes: Tensor, batch: Tensor) -> Tensor:
+        """Mask logits [P, K, d, h, w] of boxes [P, 6], from the features and, where the head reads it, the image."""
+        pooled, images_of_boxes = self.mask_pooler(features, boxes, batch), None
+        if self.mask_head.image_channels:
+            size = [2 * n for n in self.mask_pooler.output_size]
+            with torch.autocast(images.device.type, enabled=False):
+                images_of_boxes = roi_align3d(images.to(boxes.dtype), boxes, batch, size, (1.0, 1.0, 1.0), 1)
+        logits: Tensor = self.mask_head(pooled, images_of_boxes)
+        return logits
 
     def _classify(self, features: Mapping[str, Tensor], boxes: Tensor, image: int) -> tuple[Tensor, Tensor]:
         """Class logits [P, K + 1] and deltas [P, 6] of one image's proposals, some boxes at a time as in `_masks`."""
@@ -222,12 +247,14 @@ class MaskRCNN3d(nn.Module):
         ]
         return torch.cat([logits for logits, _ in parts]), torch.cat([deltas for _, deltas in parts])
 
-    def _masks(self, features: Mapping[str, Tensor], boxes: Tensor, classes: Tensor, image: int) -> Tensor:
+    def _masks(
+        self, features: Mapping[str, Tensor], images: Tensor, boxes: Tensor, classes: Tensor, image: int
+    ) -> Tensor:
         """Mask logits [M, d, h, w] of the detected class, some boxes at a time: memory does not grow with M."""
         masks = []
         for part, label in zip(boxes.split(64), classes.split(64), strict=True):
             index = torch.full_like(label, image)
-            logits = self.mask_head(self.mask_pooler(features, part, index))
+            logits = self._mask_logits(features, images, part, index)
             masks.append(logits[torch.arange(len(label), device=label.device), label])
         return torch.cat(masks)
 

@@ -35,3 +35,16 @@ def test_a_cell_fills_its_own_part_of_the_finer_grid():
     changed = (head(moved) != head(x)).nonzero()[:, 2:]
     assert changed.amin(0).tolist() == [1, 4, 12]
     assert changed.amax(0).tolist() == [1, 5, 14]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_the_image_is_read_at_the_resolution_of_the_masks(rows):
+    torch.manual_seed(0)
+    head = MaskHead(in_channels=3, channels=8, num_convs=1, num_classes=2, image_channels=2)
+    features, images = torch.randn(rows, 3, 2, 3, 5), torch.randn(rows, 2, 4, 6, 10)
+    logits = head(features, images)
+    assert logits.shape == (rows, 2, 4, 6, 10)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in head.parameters())
+    if rows:
+        assert not torch.allclose(head(features, images.flip(4)), logits)

@@ -110,7 +110,7 @@ def test_a_training_uses_freed_memory_again():
 
 KEPT_OF_A_LARGE_ARRAY = """
 import numpy as np
-from seg3d_monai.data.freed_memory import give_back_at_once, share_one_heap
+from seg3d_monai.data.freed_memory import keep_freed_memory, share_one_heap
 
 def resident():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
@@ -123,7 +123,7 @@ def kept():
 
 share_one_heap()
 in_a_run, first = kept()
-give_back_at_once()
+keep_freed_memory()
 print(in_a_run, kept()[0])
 """
 

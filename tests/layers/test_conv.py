@@ -61,6 +61,23 @@ def test_check_axes_names_argument_and_value(value):
         check_axes("stride", value)
 
 
+def test_channel_norm_is_of_each_cell_alone_and_tells_bright_from_dim():
+    torch.manual_seed(0)
+    block = ConvNormAct(2, 8, (1, 3, 5), norm="channel")
+    assert list(block.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    x = torch.randn(2, 2, 4, 7, 9)
+    conv = F.conv3d(x, block[0].weight, block[0].bias, padding=(0, 1, 2))
+    mean, var = conv.mean(1, keepdim=True), conv.var(1, keepdim=True, correction=0)
+    torch.testing.assert_close(block(x), ((conv - mean) / (var + 1e-5).sqrt()).clamp(min=0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block(x)[:, :, :2, :4, :5], block(x[:, :, :3, :5, :7])[:, :, :2, :4, :5])
+    assert not torch.allclose(block(x), block(3 * x), atol=1e-2)
+
+
+def test_another_norm_is_refused():
+    with pytest.raises(ValueError, match="norm is 'batch'; choose one of group, channel"):
+        ConvNormAct(2, 8, norm="batch")
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3), (5, 3, 1)])
 @pytest.mark.parametrize("is_autocast", [False, True])

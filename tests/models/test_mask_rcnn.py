@@ -5,10 +5,12 @@ from math import prod
 
 import pytest
 import torch
+from torch import nn
 
+from seg3d_monai.backbones import ResNet
 from seg3d_monai.losses import MaskRCNNCriterion
 from seg3d_monai.matching import IoUMatcher
-from seg3d_monai.models import mask_rcnn
+from seg3d_monai.models import mask_rcnn, maskrcnn3d
 
 SIZE = (17, 33, 49)
 CROWD = [(z, y, x, z + 4, y + 6, x + 8) for z in (0, 4, 8, 13) for y in (0, 6, 13, 20, 27) for x in (1, 17, 33)]
@@ -317,3 +319,53 @@ def test_moving_the_image_by_the_coarsest_stride_moves_the_detections(make_detec
     for key, value in before.items():
         torch.testing.assert_close(after[key][nearest], value, atol=1e-3, rtol=1e-3)
     assert before["scores"].std() > 1e-4, "the object should be seen"
+
+
+def test_masks_are_of_enlarged_boxes(make_detector, make_target):
+    plain, enlarged = make_detector(), make_detector(mask_margin=0.25)
+    images, target = torch.randn(1, 1, *SIZE), make_target(SIZE, CROWD[:20])
+    found, larger = (network.eval()(images)[0] for network in (plain, enlarged))
+    assert len(found["boxes"]) > 5
+    extent = found["boxes"][:, 3:] - found["boxes"][:, :3]
+    wanted = found["boxes"] + torch.cat([-0.25 * extent, 0.25 * extent], 1)
+    limits = torch.tensor(SIZE * 2, dtype=torch.float32)
+    torch.testing.assert_close(larger["boxes"], wanted.clamp(min=0).minimum(limits))
+    torch.testing.assert_close(larger["scores"], found["scores"])
+    outputs, _ = step(enlarged, images, [target])
+    rois = outputs["rois"][outputs["roi_matched"] >= 0]
+    margin = 0.25 * (rois[:, 3:] - rois[:, :3])
+    allowed = torch.cat([rois[:, :3] - margin, rois[:, 3:] + margin], 1).clamp(min=0).minimum(limits)
+    assert torch.cdist(outputs["mask_rois"], allowed).min(1).values.max() < 1e-3
+
+
+@pytest.mark.parametrize("counts", [(0,), (0, 60)])
+def test_masks_may_read_the_image(make_detector, make_target, counts):
+    network = make_detector(in_channels=2, mask_image_channels=2)
+    targets = [make_target(SIZE, CROWD[:n]) for n in counts]
+    _, losses = step(network, torch.randn(len(counts), 2, *SIZE), targets)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in network.parameters())
+    found = network.eval()(torch.randn(1, 2, *SIZE))[0]
+    assert found["mask_logits"].shape == (len(found["boxes"]), 8, 8, 8)
+
+
+@pytest.mark.parametrize("norm", ["channel", "group"])
+def test_only_group_norms_see_what_is_far_away(norm):
+    """The other end of the image changes, 130 voxels and more from the cells that are compared."""
+    torch.manual_seed(0)
+    backbone = ResNet(
+        in_channels=1, depths=(1, 1), widths=(8, 16), stem_channels=8, stage_strides=((1, 1, 1), (2, 2, 2)), norm=norm
+    )
+    network = maskrcnn3d(
+        backbone=backbone, anchor_shapes=[[(4, 6, 6)], [(8, 12, 12)]], fpn_channels=8, box_hidden=8, norm=norm
+    )
+    nn.init.normal_(network.rpn.objectness.weight)
+    image = torch.randn(1, 1, 9, 12, 200)
+    other = image.clone()
+    other[..., 170:] = 5
+    with torch.no_grad():
+        first, changed = (network.rpn(network.backbone(one))[0][0] for one in (image, other))
+    near = torch.arange(200 // 2) < 20
+    of_near = first.reshape(9, 6, 100, 1)[:, :, near], changed.reshape(9, 6, 100, 1)[:, :, near]
+    assert torch.allclose(*of_near, atol=1e-6) == (norm == "channel")
+    assert not torch.allclose(first, changed, atol=1e-3)
