@@ -11,8 +11,8 @@ from seg3d_monai.layers import ConvNormAct
 class MaskHead(nn.Module):
     """3³ convolutions, a transposed convolution that doubles the resolution, and one logit a class.
 
-    With `image_channels` another 3³ convolution follows the transposed one, and reads the image beside the features: these
-    are of a level that is coarser than masks of small objects.
+    With `image_channels` another 3³ convolution follows the transposed one, and reads the image beside the features:
+    these are of a level that is coarser than masks of small objects.
 
     Args:
         in_channels: channels of the RoI features.

@@ -58,12 +58,12 @@ def maskrcnn3d(
         mask_levels: pyramid levels that masks are pooled from; default as boxes. One fine level gives sharper
             masks of small objects.
         mask_margin: see `MaskRCNN3d`.
-        mask_image_channels: channels of the image, if the mask head reads it beside the features: for outlines finer than
-            the finest level.
+        mask_image_channels: channels of the image, if the mask head reads it beside the features: for outlines finer
+            than the finest level.
         sampling_ratio: RoIAlign samples a bin and axis.
         semantic: whether foreground and borders are learned beside, on the finest level of `mask_levels`.
-        norm: of `ConvNormAct`, in the pyramid and the proposals; the backbone has its own, and masks, which always see a
-            box, GroupNorm.
+        norm: of `ConvNormAct`, in the pyramid and the proposals; the backbone has its own, and the mask head, which
+            sees one box whatever the block, has GroupNorm.
         roi_foreground_iou: least IoU of a proposal with a true box that it is trained on.
         num_roi_samples, roi_foreground_fraction, num_mask_samples, pre_nms_top_n, post_nms_top_n,
             proposal_nms_threshold, min_objectness, score_threshold, detection_nms_threshold,

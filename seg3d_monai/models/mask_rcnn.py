@@ -47,8 +47,8 @@ class MaskRCNN3d(nn.Module):
         mask_head: RoI features -> mask logits.
         semantic_head: features -> foreground and borders, in training only; or None.
         roi_matcher: assigns proposals to true boxes in training.
-        mask_margin: share of a box's extent that is added on each side of it for its mask, where boxes cut off too much;
-            detections have these boxes.
+        mask_margin: share of a box's extent that is added on each side of it for its mask, where boxes cut off too
+            much; detections have these boxes.
         num_roi_samples: proposals of an image that the box head is trained on.
         roi_foreground_fraction: largest share of foreground among them.
         num_mask_samples: foreground proposals of an image that the mask head is trained on.
