@@ -1,7 +1,7 @@
 """Convolution blocks. No batch norm: crops are large and batches small, so batch statistics would be noise.
 
 "group" is GroupNorm, whose statistics are of all that is seen: features of a place depend on how much background a crop
-or a block shows. "channel" is a LayerNorm over the channels of each place, which looks at nothing else, so that the same
+or a block shows. "channel" is a LayerNorm over the channels of each place, which looks at nothing else, so the same
 features come from blocks of any size; its convolution has a bias, without which bright places would look as dim ones.
 """
 
