@@ -21,7 +21,7 @@ from monai.transforms import (
 from seg3d_monai.data.transforms_geometry import RandTurnPlaned, RandWarpd
 from seg3d_monai.data.transforms_intensity import RandBlurd, RandChannelDropd, RandCoarseZd
 
-__all__ = ["RandChannelDropd", "RandCoarseZd", "RandTurnPlaned", "RandWarpd", "train_transforms"]
+__all__ = ["RandBlurd", "RandChannelDropd", "RandCoarseZd", "RandTurnPlaned", "RandWarpd", "train_transforms"]
 
 
 def train_transforms(

@@ -28,7 +28,8 @@ class RandBlurd(RandomizableTransform, MapTransform):
     ) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
-        self._range = (float(sigma_range[0]), float(sigma_range[1]))
+        low, high = sigma_range
+        self._range = (float(low), float(high))
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         """Transform one sample."""

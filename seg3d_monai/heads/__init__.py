@@ -6,10 +6,9 @@ from seg3d_monai.heads.mask_head import MaskHead
 from seg3d_monai.heads.pixel_decoder import DeformablePixelDecoder
 from seg3d_monai.heads.roi_pooler import RoIPooler
 from seg3d_monai.heads.rpn import RPNHead, select_proposals
-from seg3d_monai.heads.semantic_head import SEMANTIC_MAPS, SemanticHead
+from seg3d_monai.heads.semantic_head import SemanticHead
 
 __all__ = [
-    "SEMANTIC_MAPS",
     "AnchorGrid",
     "BoxHead",
     "DeformablePixelDecoder",

@@ -36,8 +36,10 @@ class MaskHead(nn.Module):
         super().__init__()
         widths = [in_channels] + [channels] * num_convs
         self.body = nn.Sequential(*(ConvNormAct(a, b) for a, b in pairwise(widths)))
-        step = (upsample[0], upsample[1], upsample[2])
-        self.up = nn.Sequential(nn.ConvTranspose3d(widths[-1], channels // 2, step, step), nn.ReLU(inplace=True))
+        self.upsample = (upsample[0], upsample[1], upsample[2])
+        self.up = nn.Sequential(
+            nn.ConvTranspose3d(widths[-1], channels // 2, self.upsample, self.upsample), nn.ReLU(inplace=True)
+        )
         self.image_channels = image_channels
         self.detail = ConvNormAct(channels // 2 + image_channels, channels // 2) if image_channels else None
         self.logits = nn.Conv3d(channels // 2, num_classes, 1)

@@ -116,7 +116,7 @@ class Run:
 
     def stitch(self) -> Stitched:
         """Join the instances of all blocks into objects."""
-        keep_freed_memory()  # but no more than before a run, whose network is done
+        keep_freed_memory()  # larger arrays from the system again: the network, for which the heap took them, is done
         give_back()
         records = gather_records(len(self.plan), self.journal.evidence_counts(), self.journal.evidence())
         return stitch_records(

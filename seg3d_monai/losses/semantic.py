@@ -23,14 +23,13 @@ def semantic_targets(label: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor
         Shares [2, d, h, w] of a cell's voxels that are foreground and border, of those that are not ignored; and the
         shares [d, h, w] of its voxels that are not ignored.
     """
-    is_known = label >= 0
-    is_border = torch.zeros_like(is_known)
+    is_border = torch.zeros_like(label, dtype=torch.bool)
     for axis, length in enumerate(label.shape):
-        before, after = slice_along(axis, 0, length - 1), slice_along(axis, 1, length)
-        differs = (label[before] != label[after]) & is_known[before] & is_known[after]
-        is_border[before] |= differs
-        is_border[after] |= differs
-    maps = torch.stack([label > 0, is_border, is_known]).float()
+        before, after = label.narrow(axis, 0, length - 1), label.narrow(axis, 1, length - 1)
+        differs = (before != after) & (before >= 0) & (after >= 0)
+        is_border.narrow(axis, 0, length - 1).logical_or_(differs)
+        is_border.narrow(axis, 1, length - 1).logical_or_(differs)
+    maps = torch.stack([label > 0, is_border, label >= 0]).float()
     cell = [-(-whole // part) for whole, part in zip(label.shape, size, strict=True)]
     foreground, border, known = F.avg_pool3d(maps[None], cell, ceil_mode=True)[0]
     return torch.stack([foreground, border]) / known.clamp(min=1e-6), known
@@ -52,8 +51,3 @@ def semantic_losses(logits: Tensor, labels: Sequence[Tensor]) -> dict[str, Tenso
         overlap, total = (prob * wanted).sum((1, 2, 3)), (prob + wanted * weight).sum((1, 2, 3))
         dices.append((1 - (2 * overlap + 1) / (total + 1)).mean())
     return {"semantic_bce": torch.stack(cross_entropies).sum(), "semantic_dice": torch.stack(dices).sum()}
-
-
-def slice_along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
-    """The index of a part of a tensor along one axis."""
-    return (slice(None),) * axis + (slice(start, stop),)

@@ -122,7 +122,7 @@ def maskrcnn3d(
     )
 
 
-def maskrcnn3d_tiny(*, in_channels: int = 1, num_classes: int = 1, semantic: bool = False) -> MaskRCNN3d:
+def maskrcnn3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
     """For CPUs: ResNet-10 of width 32, pyramid of 32 channels, cells of about 8 to 40 voxels across."""
     return maskrcnn3d(
         backbone=resnet_backbone(depth=10, in_channels=in_channels, width=32),
@@ -135,7 +135,6 @@ def maskrcnn3d_tiny(*, in_channels: int = 1, num_classes: int = 1, semantic: boo
         mask_channels=32,
         mask_convs=2,
         mask_levels=("p1",),
-        semantic=semantic,
     )
 
 

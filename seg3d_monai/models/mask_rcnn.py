@@ -233,7 +233,7 @@ class MaskRCNN3d(nn.Module):
         """Mask logits [P, K, d, h, w] of boxes [P, 6], from the features and, where the head reads it, the image."""
         pooled, images_of_boxes = self.mask_pooler(features, boxes, batch), None
         if self.mask_head.image_channels:
-            size = [2 * n for n in self.mask_pooler.output_size]
+            size = [n * finer for n, finer in zip(self.mask_pooler.output_size, self.mask_head.upsample, strict=True)]
             with torch.autocast(images.device.type, enabled=False):
                 images_of_boxes = roi_align3d(images.to(boxes.dtype), boxes, batch, size, (1.0, 1.0, 1.0), 1)
         logits: Tensor = self.mask_head(pooled, images_of_boxes)

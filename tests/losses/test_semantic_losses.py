@@ -5,10 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from seg3d_monai.losses import MaskRCNNCriterion
 from seg3d_monai.losses.semantic import semantic_losses, semantic_targets
-from seg3d_monai.matching import IoUMatcher
-from seg3d_monai.models import maskrcnn3d_tiny
 
 
 def blobs(shape=(7, 13, 10), seed=0):
@@ -73,32 +70,3 @@ def test_ignored_voxels_have_no_gradient_and_nothing_but_them_costs_nothing():
     assert not logits.grad[1].any()
     only_ignored = semantic_losses(logits[1:], [torch.full(label.shape, -1)])
     assert [loss.item() for loss in only_ignored.values()] == [0, 0]
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_detector_learns_the_maps_and_does_not_compute_them_to_detect(count):
-    torch.manual_seed(0)
-    network = maskrcnn3d_tiny(semantic=True)
-    label = torch.zeros(16, 32, 48, dtype=torch.int64)
-    boxes = [(2, 4, 4 + 14 * n, 14, 20, 16 + 14 * n) for n in range(count)]
-    for number, (z1, y1, x1, z2, y2, x2) in enumerate(boxes, start=1):
-        label[z1:z2, y1:y2, x1:x2] = number
-    target = {
-        "label": label,
-        "ids": torch.arange(1, count + 1),
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 6),
-        "classes": torch.zeros(count, dtype=torch.int64),
-    }
-    criterion = MaskRCNNCriterion(
-        matcher=IoUMatcher(foreground_iou=0.4, background_iou=0.2, match_best=True), weights={"semantic_dice": 0.5}
-    )
-    outputs = network.train()(torch.randn(1, 1, *label.shape), [target])
-    assert outputs["semantic_logits"].shape == (1, 2, 16, 16, 24)
-    losses = criterion(outputs, [target])
-    plain = semantic_losses(outputs["semantic_logits"], [label])
-    assert losses["semantic_bce"] == plain["semantic_bce"]
-    assert losses["semantic_dice"] == 0.5 * plain["semantic_dice"]
-    sum(losses.values()).backward()
-    assert all(parameter.grad is not None for parameter in network.parameters())
-    network.semantic_head = None
-    network.eval()(torch.randn(1, 1, *label.shape))

@@ -9,6 +9,7 @@ from torch import nn
 
 from seg3d_monai.backbones import ResNet
 from seg3d_monai.losses import MaskRCNNCriterion
+from seg3d_monai.losses.semantic import semantic_losses
 from seg3d_monai.matching import IoUMatcher
 from seg3d_monai.models import mask_rcnn, maskrcnn3d
 
@@ -369,3 +370,19 @@ def test_only_group_norms_see_what_is_far_away(norm):
     of_near = first.reshape(9, 6, 100, 1)[:, :, near], changed.reshape(9, 6, 100, 1)[:, :, near]
     assert torch.allclose(*of_near, atol=1e-6) == (norm == "channel")
     assert not torch.allclose(first, changed, atol=1e-3)
+
+
+@pytest.mark.parametrize("counts", [(0,), (1,), (0, 60)])
+def test_semantic_maps_are_learned_and_not_computed_to_detect(make_detector, make_target, counts):
+    network = make_detector(semantic=True)
+    targets = [make_target(SIZE, CROWD[:n]) for n in counts]
+    images = torch.randn(len(counts), 1, *SIZE)
+    outputs, losses = step(network, images, targets, make_criterion(weights={"semantic_dice": 0.5}))
+    assert outputs["semantic_logits"].shape == (len(counts), 2, 17, 17, 25)
+    plain = semantic_losses(outputs["semantic_logits"], [target["label"] for target in targets])
+    assert losses["semantic_bce"] == plain["semantic_bce"] / len(counts)
+    assert losses["semantic_dice"] == 0.5 * (plain["semantic_dice"] / len(counts))
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    network.semantic_head = None
+    network.eval()(images)
