@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from math import prod
 from typing import Any, TypedDict
 
 import numpy as np
@@ -74,7 +75,8 @@ class CropDataset(Dataset[CropSample]):
         min_voxels: visible voxels below which a cut instance becomes ignore; the index's by default.
         min_visible: visible fraction below which a cut instance becomes ignore, 0 to 1.
         min_object_voxels: whole voxels below which an instance becomes ignore, such as debris; the index's by default.
-        cache_bytes: bytes of decoded chunks that a process keeps; None keeps 1 GiB, and 128 MiB in a loader's worker.
+        cache_bytes: bytes of decoded chunks that a process keeps; None keeps 1 GiB. A loader's worker then keeps 128
+            MiB, or its share of 1 GiB if all volumes fit into that (at 2 bytes a voxel).
 
     Raises:
         ValueError: for arguments out of range, an unknown column, when no crop matches, and, naming them, for volumes
@@ -237,10 +239,18 @@ class CropDataset(Dataset[CropSample]):
     def _own_cache(self) -> VolumeCache:
         """This process's cache; one that came with a fork belongs to the parent."""
         if self._cache is None or self._cache_owner != os.getpid():
-            otherwise = CACHE_BYTES if get_worker_info() is None else WORKER_CACHE_BYTES
-            self._cache = VolumeCache(max_bytes=otherwise if self._cache_bytes is None else self._cache_bytes)
+            max_bytes = self._default_cache_bytes() if self._cache_bytes is None else self._cache_bytes
+            self._cache = VolumeCache(max_bytes=max_bytes)
             self._cache_owner = os.getpid()
         return self._cache
+
+    def _default_cache_bytes(self) -> int:
+        worker = get_worker_info()
+        if worker is None:
+            return CACHE_BYTES
+        share = CACHE_BYTES // worker.num_workers
+        all_bytes = sum((record.shape[0] + 1) * prod(record.shape[1:]) * 2 for record in self._sampler.volumes)
+        return share if all_bytes <= share else WORKER_CACHE_BYTES
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}  # voxels do not travel to workers

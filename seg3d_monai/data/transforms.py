@@ -9,6 +9,7 @@ Must not know: files, the crop index, targets.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from monai.transforms import (
     Compose,
     RandAdjustContrastd,
@@ -16,12 +17,25 @@ from monai.transforms import (
     RandGaussianNoised,
     RandScaleIntensityd,
     RandShiftIntensityd,
+    Randomizable,
 )
 
 from seg3d_monai.data.transforms_geometry import RandTurnPlaned, RandWarpd
 from seg3d_monai.data.transforms_intensity import RandBlurd, RandChannelDropd, RandCoarseZd
 
 __all__ = ["RandBlurd", "RandChannelDropd", "RandCoarseZd", "RandTurnPlaned", "RandWarpd", "train_transforms"]
+
+
+class SeededCompose(Compose):
+    """MONAI's Compose with one generator for all transforms: to seed one for each took a sixth of a sample's time."""
+
+    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> "SeededCompose":
+        """Give all transforms the generator."""
+        Randomizable.set_random_state(self, seed=seed, state=state)
+        for transform in self.transforms:
+            if isinstance(transform, Randomizable):
+                transform.set_random_state(state=self.R)
+        return self
 
 
 def train_transforms(
@@ -54,7 +68,7 @@ def train_transforms(
     noise_prob: float | None = None,
     noise_std: float = 0.1,
     channel_drop_prob: float = 0.0,
-) -> Compose:
+) -> SeededCompose:
     """Compose the training augmentation on {"image": float32 [C, D, H, W], "label": int32 [1, D, H, W]}.
 
     A sample may also bring "spacing_um", [3] micrometres per voxel along (z, y, x). Probabilities are 0 to 1.
@@ -90,7 +104,7 @@ def train_transforms(
         channel_drop_prob: of blanking one channel of several.
 
     Returns:
-        A MONAI Compose; `set_random_state` makes the next call reproducible.
+        A MONAI Compose; its `set_random_state` makes the next call reproducible.
 
     Raises:
         ValueError: for numbers out of range; the message names them.
@@ -152,4 +166,4 @@ def train_transforms(
     ]
     if channel_drop_prob > 0:
         steps.append(RandChannelDropd(prob=channel_drop_prob))
-    return Compose(steps)
+    return SeededCompose(steps)

@@ -209,12 +209,15 @@ def sampling_grid(
     """
     half_in, half_out = (np.array(extent) * spacing / 2 for extent in (source, size))
     from_um = torch.from_numpy(np.ascontiguousarray((to_input / half_in[:, None])[::-1])).to(torch.float32)
-    theta = torch.zeros((1, 3, 4))
-    theta[0, :, :3] = (from_um * torch.from_numpy(half_out).to(torch.float32)).flip(1)
-    grid = functional.affine_grid(theta, [1, 1, *(int(n) for n in size)], align_corners=False)
+    along = from_um * torch.from_numpy(half_out).to(torch.float32)
+    depth, height, width = (
+        (2 * torch.arange(int(n), dtype=torch.float32) + 1)[:, None] / int(n) * column - column
+        for n, column in zip(size, along.T, strict=True)
+    )
+    grid = (depth[:, None] + height)[:, :, None] + width  # in less than half the time of affine_grid
     if bending is not None:
         grid += (from_um @ bending.flatten(1)).T.reshape(grid.shape)
-    return grid
+    return grid[None]
 
 
 def _sample(tensor: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:

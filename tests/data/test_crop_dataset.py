@@ -5,6 +5,7 @@ import pickle
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -394,12 +395,17 @@ def test_a_cache_belongs_to_its_process(tmp_path: Path, monkeypatch: pytest.Monk
     travelled = pickle.loads(pickle.dumps(dataset))
     assert travelled._cache is None
     assert same(travelled[2], expected)
-    # After a fork the parent's memory is the child's too, and a loader's worker keeps less.
-    monkeypatch.setattr(crop_dataset, "get_worker_info", object)
-    child = os.getpid() + 1
-    monkeypatch.setattr(os, "getpid", lambda: child)
-    assert same(dataset[2], expected)
-    assert dataset._cache.max_bytes == 1 << 27
+    # After a fork the parent's memory is the child's too. A loader's worker keeps its share if all volumes fit into it,
+    # else little.
+    for step, (num_workers, limit, kept) in enumerate([(3, 1 << 30, (1 << 30) // 3), (1, 6_000, 1 << 27)], start=1):
+        monkeypatch.setattr(crop_dataset, "CACHE_BYTES", limit)
+        monkeypatch.setattr(
+            crop_dataset, "get_worker_info", lambda workers=num_workers: SimpleNamespace(num_workers=workers)
+        )
+        child = os.getpid() + step
+        monkeypatch.setattr(os, "getpid", lambda process=child: process)
+        assert same(dataset[2], expected)
+        assert dataset._cache.max_bytes == kept
     own = CropDataset(dataset.index, num_samples=4, cache_bytes=12_345)
     assert same(own[2], expected)
     assert own._cache is not None
