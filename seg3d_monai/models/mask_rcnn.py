@@ -49,6 +49,8 @@ class MaskRCNN3d(nn.Module):
         roi_matcher: assigns proposals to true boxes in training.
         mask_margin: share of a box's extent that is added on each side of it for its mask, where boxes cut off too
             much; detections have these boxes.
+        mask_scoring: whether the score of a detection is multiplied by the mean probability of its mask's own cells, as
+            in Mask2Former: what has no clear outline is seldom an object.
         num_roi_samples: proposals of an image that the box head is trained on.
         roi_foreground_fraction: largest share of foreground among them.
         num_mask_samples: foreground proposals of an image that the mask head is trained on.
@@ -77,6 +79,7 @@ class MaskRCNN3d(nn.Module):
         semantic_head: SemanticHead | None = None,
         roi_matcher: IoUMatcher,
         mask_margin: float = 0.0,
+        mask_scoring: bool = False,
         num_roi_samples: int = 128,
         roi_foreground_fraction: float = 0.5,
         num_mask_samples: int = 32,
@@ -99,6 +102,7 @@ class MaskRCNN3d(nn.Module):
         self.semantic_head = semantic_head
         self.roi_matcher = roi_matcher
         self.mask_margin = mask_margin
+        self.mask_scoring = mask_scoring
         self.num_roi_samples = num_roi_samples
         self.roi_foreground_fraction = roi_foreground_fraction
         self.num_mask_samples = num_mask_samples
@@ -114,7 +118,7 @@ class MaskRCNN3d(nn.Module):
     def extra_repr(self) -> str:
         """The settings of detection, for `repr`: no weight tells them."""
         names = "pre_nms_top_n post_nms_top_n proposal_nms_threshold min_objectness score_threshold"
-        names += " detection_nms_threshold max_detections mask_margin"
+        names += " detection_nms_threshold max_detections mask_margin mask_scoring"
         return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
 
     def forward(
@@ -219,7 +223,7 @@ class MaskRCNN3d(nn.Module):
                 )
             found["boxes"] = self._with_margin(found["boxes"], size)
             found["mask_logits"] = self._masks(features, images, found["boxes"], found["classes"], n)
-            detections.append(found)
+            detections.append(_scored_by_masks(found) if self.mask_scoring else found)
         return detections
 
     def _with_margin(self, boxes: Tensor, size: Sequence[int]) -> Tensor:
@@ -272,6 +276,15 @@ class MaskRCNN3d(nn.Module):
         if name not in self._warned:
             self._warned.add(name)
             logger.warning("%s", message)
+
+
+def _scored_by_masks(detections: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Detections with scores times the mean probability within the mask, 0 where it is empty, best first."""
+    prob = detections["mask_logits"].flatten(1).sigmoid()
+    is_object = prob > 0.5
+    clarity = (prob * is_object).sum(1) / is_object.sum(1).clamp(min=1)
+    scores, order = (detections["scores"] * clarity).sort(descending=True, stable=True)
+    return {key: value[order] for key, value in detections.items()} | {"scores": scores}
 
 
 def _batch_index(boxes: Sequence[Tensor]) -> Tensor:

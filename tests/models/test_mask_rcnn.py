@@ -339,6 +339,27 @@ def test_masks_are_of_enlarged_boxes(make_detector, make_target):
     assert torch.cdist(outputs["mask_rois"], allowed).min(1).values.max() < 1e-3
 
 
+def test_scores_are_those_of_class_and_mask(make_detector):
+    """By hand, one detection at a time; a mask with no cell at all has score 0, and no detections are no error."""
+    plain, scored = make_detector(), make_detector(mask_scoring=True)
+    image = torch.randn(1, 1, *SIZE)
+    found, ranked = (network.eval()(image)[0] for network in (plain, scored))
+    assert len(found["scores"]) > 5
+    for key in ("boxes", "scores", "classes", "mask_logits"):
+        assert len(ranked[key]) == len(found["boxes"])
+    assert ranked["scores"].tolist() == sorted(ranked["scores"].tolist(), reverse=True)
+    for box, score, logits in zip(ranked["boxes"], ranked["scores"], ranked["mask_logits"], strict=True):
+        row = int((found["boxes"] - box).abs().sum(1).argmin())
+        torch.testing.assert_close(logits, found["mask_logits"][row])
+        inside = [p for p in logits.detach().sigmoid().flatten().tolist() if p > 0.5]
+        expected = float(found["scores"][row]) * sum(inside) / len(inside) if inside else 0.0
+        assert float(score) == pytest.approx(expected, rel=1e-4)
+    nn.init.constant_(scored.mask_head.logits.bias, -100.0)
+    assert (scored(image)[0]["scores"] == 0).all()
+    scored.score_threshold = 2.0
+    assert len(scored(image)[0]["scores"]) == 0
+
+
 @pytest.mark.parametrize("counts", [(0,), (0, 60)])
 def test_masks_may_read_the_image(make_detector, make_target, counts):
     network = make_detector(in_channels=2, mask_image_channels=2)
