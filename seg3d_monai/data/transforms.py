@@ -15,9 +15,9 @@ from monai.transforms import (
     RandAdjustContrastd,
     RandFlipd,
     RandGaussianNoised,
+    Randomizable,
     RandScaleIntensityd,
     RandShiftIntensityd,
-    Randomizable,
 )
 
 from seg3d_monai.data.transforms_geometry import RandTurnPlaned, RandWarpd

@@ -4,7 +4,7 @@ from seg3d_monai.layers.cell_linear import CellLinear
 from seg3d_monai.layers.conv import Conv3d, ConvNormAct, group_norm
 from seg3d_monai.layers.deformable_attention import DeformableAttention3d
 from seg3d_monai.layers.mlp import MLP
-from seg3d_monai.layers.norm import CellNorm, ChannelNorm, GroupNorm, LayerNorm
+from seg3d_monai.layers.norm import BatchNorm, CellNorm, ChannelNorm, GroupNorm, LayerNorm
 from seg3d_monai.layers.pixel_decoder_output import PixelDecoderOutput
 from seg3d_monai.layers.place_kernel import PLACE_CHANNELS, PlaceEmbedding, place_features
 from seg3d_monai.layers.pooling import pool_to_levels
@@ -15,6 +15,7 @@ from seg3d_monai.layers.upsample import repeat_cells
 __all__ = [
     "MLP",
     "PLACE_CHANNELS",
+    "BatchNorm",
     "CellLinear",
     "CellNorm",
     "ChannelNorm",

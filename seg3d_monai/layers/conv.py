@@ -1,23 +1,28 @@
-"""Convolution blocks. No batch norm: crops are large and batches small, so batch statistics would be noise.
+"""Convolution blocks, with the norm that is asked for.
 
 "group" is GroupNorm, whose statistics are of all that is seen: features of a place depend on how much background a crop
-or a block shows. "channel" is a LayerNorm over the channels of each place, which looks at nothing else, so the same
-features come from blocks of any size; its convolution has a bias, without which bright places would look as dim ones.
+or a block shows. "channel" is a LayerNorm over the channels of each place, and "batch" is BatchNorm, whose statistics
+are of the training: with either the same features come from blocks of any size. A LayerNorm's convolution has a bias,
+without which bright places would look as dim ones.
+
+With "channel" and "batch" maps have their channels last in memory, where oneDNN's convolutions take a fifth less time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from seg3d_monai.layers.norm import ChannelNorm, GroupNorm
-
-NORMS = ("group", "channel")
+from seg3d_monai.layers.norm import BatchNorm, ChannelNorm, GroupNorm
 
 
 def group_norm(channels: int, groups: int = 8, relu: bool = False) -> GroupNorm:
     """GroupNorm with `groups` groups, or with one group where `channels` is not a multiple of it."""
     return GroupNorm(groups if channels % groups == 0 else 1, channels, relu=relu)
+
+
+_NORM_BUILDERS: dict[str, Callable[..., nn.Module]] = {"group": group_norm, "channel": ChannelNorm, "batch": BatchNorm}
+NORMS = tuple(_NORM_BUILDERS)
 
 
 class Conv3d(nn.Conv3d):
@@ -70,10 +75,9 @@ class ConvNormAct(nn.Sequential):
         padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         conv = Conv3d(in_channels, out_channels, kernel, step, padding, bias=norm == "channel")
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        is_grouped = norm == "group"
-        super().__init__(
-            conv, group_norm(out_channels, relu=act) if is_grouped else ChannelNorm(out_channels, relu=act)
-        )
+        if norm != "group":
+            conv.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        super().__init__(conv, _NORM_BUILDERS[norm](out_channels, relu=act))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, D, H, W] -> [N, out_channels, ceil(D/sz), ceil(H/sy), ceil(W/sx)]."""

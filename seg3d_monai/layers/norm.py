@@ -1,7 +1,7 @@
-"""Norms with a ReLU behind them where that is wanted: LayerNorms, and GroupNorm.
+"""Norms with a ReLU behind them where that is wanted: LayerNorms, GroupNorm, BatchNorm.
 
 A LayerNorm looks at the channels of one cell at a time, so it answers the same in a block of any size; GroupNorm looks
-at all cells of some channels.
+at all cells of some channels, BatchNorm at all cells of the batch in training and at none afterwards.
 
 On CPUs large maps run on the operators of `seg3d_monai.ops` where that takes less time, all else on torch's own. Both
 answer the same up to rounding; the operators' gradients of the parameters stay exact. Parameters are named as in
@@ -103,6 +103,34 @@ class GroupNorm(nn.GroupNorm):
             return False
         # A graph that is traced serves other sizes too.
         return torch.compiler.is_compiling() or (x.numel() >= LEAST_GROUPED_NUMBERS and x.is_contiguous())
+
+
+class BatchNorm(nn.BatchNorm3d):
+    """nn.BatchNorm3d, followed by a ReLU if wanted.
+
+    A batch is a few large crops, whose moments scatter: the running ones, with which it predicts, are of some fifty
+    steps rather than of ten. Too few numbers for moments, such as those of no RoI, are normed as in a prediction.
+
+    Args:
+        channels: number C of channels.
+        relu: whether results below 0 become 0.
+    """
+
+    def __init__(self, channels: int, relu: bool = False) -> None:
+        super().__init__(channels, momentum=0.02)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, D, H, W] -> the same, in the dtype of nn.BatchNorm3d: that of x."""
+        if x.numel() > x.shape[1]:
+            normed: Tensor = super().forward(x)
+        else:
+            normed = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return torch.relu_(normed) if self.relu else normed
+
+    def extra_repr(self) -> str:
+        """The settings, for print(module)."""
+        return f"{super().extra_repr()}, relu={self.relu}"
 
 
 def _gains_from_operator(x: Tensor) -> bool:

@@ -63,8 +63,7 @@ def maskrcnn3d(
             than the finest level.
         sampling_ratio: RoIAlign samples a bin and axis.
         semantic: whether foreground and borders are learned beside, on the finest level of `mask_levels`.
-        norm: of `ConvNormAct`, in the pyramid and the proposals; the backbone has its own, and the mask head, which
-            sees one box whatever the block, has GroupNorm.
+        norm: of `ConvNormAct`, in the pyramid and the heads; the backbone has its own.
         roi_foreground_iou: least IoU of a proposal with a true box that it is trained on.
         num_roi_samples, roi_foreground_fraction, num_mask_samples, pre_nms_top_n, post_nms_top_n,
             proposal_nms_threshold, min_objectness, score_threshold, detection_nms_threshold,
@@ -106,6 +105,7 @@ def maskrcnn3d(
             num_convs=mask_convs,
             num_classes=num_classes,
             image_channels=mask_image_channels,
+            norm=norm,
         ),
         semantic_head=SemanticHead(in_channels=fpn_channels, level=read_for_masks[0]) if semantic else None,
         roi_matcher=IoUMatcher(foreground_iou=roi_foreground_iou, background_iou=roi_foreground_iou, match_best=False),

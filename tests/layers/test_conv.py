@@ -1,8 +1,11 @@
 """Convolution blocks: sizes, axes, normalisation groups, user errors."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from seg3d_monai.layers import Conv3d, ConvNormAct, group_norm
 from seg3d_monai.layers.conv import check_axes
@@ -74,8 +77,34 @@ def test_channel_norm_is_of_each_cell_alone_and_tells_bright_from_dim():
 
 
 def test_another_norm_is_refused():
-    with pytest.raises(ValueError, match="norm is 'batch'; choose one of group, channel"):
-        ConvNormAct(2, 8, norm="batch")
+    with pytest.raises(ValueError, match="norm is 'layer'; choose one of group, channel, batch"):
+        ConvNormAct(2, 8, norm="layer")
+
+
+def test_batch_norm_is_of_the_training_and_then_of_no_block():
+    torch.manual_seed(0)
+    block = ConvNormAct(2, 8, (1, 3, 5), norm="batch")
+    x = torch.randn(2, 2, 4, 7, 9) * 3 + 1
+    conv = F.conv3d(x, block[0].weight, padding=(0, 1, 2))
+    mean, var = conv.mean((0, 2, 3, 4), keepdim=True), conv.var((0, 2, 3, 4), keepdim=True, correction=0)
+    torch.testing.assert_close(block(x), ((conv - mean) / (var + 1e-5).sqrt()).clamp(min=0), atol=1e-5, rtol=1e-5)
+    for _ in range(400):
+        block(x)
+    block.eval()
+    unbiased = conv.var((0, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(block(x), ((conv - mean) / (unbiased + 1e-5).sqrt()).clamp(min=0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(block(x)[:, :, :2, :4, :5], block(x[:, :, :3, :5, :7])[:, :, :2, :4, :5])
+
+
+@pytest.mark.parametrize("norm", ["channel", "batch"])
+def test_maps_keep_their_channels_last(norm):
+    block = nn.Sequential(ConvNormAct(2, 8, norm=norm), ConvNormAct(8, 6, stride=(1, 2, 2), norm=norm))
+    x = torch.randn(2, 2, 4, 7, 9)
+    assert block(x).is_contiguous(memory_format=torch.channels_last_3d)
+    plain = copy.deepcopy(block)
+    for layer in plain:
+        layer[0].to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(block(x), plain(x))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])

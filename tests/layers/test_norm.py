@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from seg3d_monai.layers import norm
-from seg3d_monai.layers.norm import CellNorm, ChannelNorm, GroupNorm, LayerNorm
+from seg3d_monai.layers.norm import BatchNorm, CellNorm, ChannelNorm, GroupNorm, LayerNorm
 
 
 @pytest.fixture(params=["operator", "torch"], autouse=True)
@@ -228,3 +228,36 @@ def test_a_traced_graph_holds_the_group_norm_operator_for_all_sizes():
     program = torch.export.export(module, (x[..., :4].contiguous(),), dynamic_shapes=({2: cells},))
     assert "seg3d.group_norm" in program.graph_module.code
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("relu", [False, True])
+def test_batch_norm_equals_torchs_own(relu, dtype):
+    torch.manual_seed(0)
+    module, other = BatchNorm(5, relu=relu), nn.BatchNorm3d(5, momentum=0.02)
+    nn.init.normal_(module.weight)
+    nn.init.normal_(module.bias)
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(2, 5, 3, 4, 6).to(dtype).requires_grad_()
+    for is_training in (True, False):
+        normed, expected = module.train(is_training)(x), other.train(is_training)(x)
+        expected = torch.relu(expected) if relu else expected
+        torch.testing.assert_close(normed, expected)
+        grad = torch.randn(2, 5, 3, 4, 6).to(dtype)
+        mine = torch.autograd.grad(normed, [x, *module.parameters()], grad)
+        true = torch.autograd.grad(expected, [x, *other.parameters()], grad)
+        torch.testing.assert_close(mine, true)
+    torch.testing.assert_close(module.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2, 2), (1, 3, 1, 1, 1)])
+def test_batch_norm_of_too_few_numbers_is_that_of_a_prediction(shape):
+    module = BatchNorm(3, relu=True)
+    module.running_mean[:] = torch.tensor([1.0, -2.0, 0.5])
+    x = torch.ones(shape)
+    normed = module(x)
+    assert normed.shape == shape
+    torch.testing.assert_close(normed.flatten().tolist(), [0.0, 3.0, 0.5] if len(x) else [], atol=1e-4, rtol=1e-4)
+    assert module.running_mean.tolist() == [1.0, -2.0, 0.5]
+    normed.sum().backward()
+    assert module.weight.grad is not None
