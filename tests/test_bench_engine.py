@@ -150,10 +150,11 @@ def test_lattice_is_the_same_whatever_the_rpn_says():
 
 
 def test_gradient_read_from_weights_is_that_of_autograd(tmp_path):
-    from bench.engine.bundle import Options, write_data
+    from bench.engine.bundle import Options
     from bench.engine.gradients import Way, compare, gradient_of, read_way, start_run
+    from bench.models.training import specimen_for
 
-    options = Options(folder=tmp_path, data=write_data(tmp_path, is_quick=True), threads=1, is_quick=True)
+    options = Options(folder=tmp_path, data=specimen_for(tmp_path, is_quick=True), threads=1, is_quick=True)
     read = gradient_of(options, Way(1, 4))
     run = start_run(read_way(options, Way(1, 4), {"learning_rate": 1e-3}))
     run.take(1)

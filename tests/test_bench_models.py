@@ -147,11 +147,10 @@ def test_deformable_attention_and_batched_products_have_their_kinds():
 
 def test_recorded_calls_are_in_the_trainers_own_step(tmp_path):
     from bench.models.floor import Recorder
-    from bench.models.steps import QUICK_SPECIMEN, step_in_parts
-    from bench.models.training import build, first_batches, read_config
-    from seg3d_monai.data.synthetic import write_specimen
+    from bench.models.steps import step_in_parts
+    from bench.models.training import build, first_batches, read_config, specimen_for
 
-    specimen = write_specimen(tmp_path / "specimen", **QUICK_SPECIMEN)
+    specimen = specimen_for(tmp_path, is_quick=True)
     changes = {"dataset_dir": str(specimen), "output_dir": str(tmp_path / "run"), "device": "cpu"}
     parser = read_config("maskrcnn3d", [], changes, is_quick=True)  # it samples proposals: the draws must be the same
     training = build(parser, "cpu")
@@ -193,25 +192,38 @@ def test_report_marks_bars_met_and_missed():
     from bench.models.bars import verdicts
     from bench.models.report import bars_table
 
-    steps = [{"model": "maskrcnn3d", "times_floor": 1.35}, {"model": "maskdino3d", "times_floor": 1.601}]
+    parts = {"criterion": 15.0, "clip, optimizer, EMA": 5.0, "whole": 100.0}
+    steps = [
+        {"model": "maskrcnn3d", "times_floor": 1.35, "parts_ms": parts},
+        {"model": "maskdino3d", "times_floor": 1.601, "parts_ms": parts | {"criterion": 15.1}},
+    ]
+    loops = [
+        {"model": "maskrcnn3d", "crops_per_s": 5.0, "waiting_share": 0.02},
+        {"model": "maskrcnn3d", "crops_per_s": 6.0, "waiting_share": 0.03},
+        {"model": "mask2former3d", "crops_per_s": 1.0, "waiting_share": 0.029},
+    ]
     peaks = [
         {"model": "maskrcnn3d", "peak_gb": 15.9},
         {"model": "maskdino3d", "peak_gb": 16.0},
         {"model": "mask2former3d", "peak_gb": None, "error": "killed"},
     ]
-    rows = list(verdicts({"steps": steps, "memory": peaks}))
-    assert [row["met"] for row in rows] == [True, False, True, False, False]
-    assert [row["bar"] for row in rows] == ["<= 1.35x", "<= 1.6x"] + ["< 16 GB"] * 3
+    rows = list(verdicts({"steps": steps, "loop": loops, "memory": peaks}))
+    assert [row["met"] for row in rows] == [True, True, False, False, False, True, True, False, False]
+    bars = ["<= 1.35x", "<= 0.2", "<= 1.6x", "<= 0.2", "< 0.03", "< 0.03"] + ["< 16 GB"] * 3
+    assert [row["bar"] for row in rows] == bars
     lines = bars_table(rows).splitlines()[2:]
-    assert [line.split()[-1] for line in lines] == ["yes", "NO", "yes", "NO", "NO"]
+    assert [line.split()[-1] for line in lines] == ["yes", "yes", "NO", "NO", "NO", "yes", "yes", "NO", "NO"]
     assert "1.35" in lines[0]
-    not_measured = list(verdicts({"steps": [], "memory": [{"model": "maskrcnn3d", "peak_gb": None}]}))
+    not_measured = list(verdicts({"steps": [], "loop": [], "memory": [{"model": "maskrcnn3d", "peak_gb": None}]}))
     assert bars_table(not_measured).endswith("not measured")
 
 
 def test_quick_run_writes_what_it_promises(tmp_path):
     file = tmp_path / "deeper" / "quick.json"
     words = ["--quick", "--models", "mask2former3d", "--repeats", "2", "--threads", "1", "--output", str(file)]
+    other = tmp_path / "other.json"
+    other.write_text('{"train#trainer#clip_norm": 4.0}')
+    words += ["--overlays", "schedule_stable", str(other), "--workers", "0"]
     environment = {**os.environ, "PYTHON": sys.executable}
     shown = subprocess.run(
         [str(SCRIPTS / "bench_models"), *words], env=environment, capture_output=True, text=True, check=True
@@ -230,6 +242,12 @@ def test_quick_run_writes_what_it_promises(tmp_path):
     assert memory["settings"]["autocast"] == "bfloat16"
     if sys.platform == "linux":
         assert memory["peak_gb"] > memory["rss_after_import_gb"] > 0.05
-    assert [row["model"] for row in result["bars"]] == ["mask2former3d"] * 2
+    (loop,) = result["loop"]
+    assert loop["overlays"] == steps["overlays"] == ["schedule_stable", "other"]
+    assert loop["settings"]["clip_norm"] == 4.0
+    assert loop["num_workers"] == 0
+    assert 0 < loop["waiting_share"] < 1
+    assert loop["crops_per_s"] < 2 / (loop["step_ms"] / 1e3) * 1.5
+    assert [row["model"] for row in result["bars"]] == ["mask2former3d"] * 4
     assert "of which matching" in shown
     assert "QUICK" in shown

@@ -42,13 +42,14 @@ def main() -> None:
     """Measure what was asked for."""
     arguments = parse_arguments()
     from bench.engine import report
-    from bench.engine.bundle import Options, write_data
+    from bench.engine.bundle import Options
+    from bench.models.training import specimen_for
 
     versions = installed("deepspeed", "ray", "pytorch-ignite")
     result = new_result(SCRIPT, SECTIONS, threads=arguments.threads, is_quick=arguments.quick, versions=versions)
     with tempfile.TemporaryDirectory(prefix="bench_engine_") as temporary:
         folder = Path(temporary).absolute()
-        data = write_data(folder, arguments.quick)
+        data = specimen_for(folder, arguments.quick)
         options = Options(folder=folder, data=data, threads=arguments.threads, is_quick=arguments.quick)
         chosen = [section for section in SECTIONS if section in arguments.only]
         measure_sections(result, "bench.engine", chosen, options, verdicts, arguments.json)

@@ -7,9 +7,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from bench.models.steps import QUICK_SPECIMEN
 from bench.models.training import read_config
-from seg3d_monai.data.synthetic import write_specimen
 from seg3d_monai.engine import rank
 
 MODEL = "maskrcnn3d"
@@ -32,11 +30,6 @@ class Options:
     data: Path
     threads: int
     is_quick: bool
-
-
-def write_data(folder: Path, is_quick: bool) -> Path:
-    """Write the specimen that all sections train on; returns its manifest."""
-    return write_specimen(folder / "specimen", **(QUICK_SPECIMEN if is_quick else {"test_shape": (64, 160, 160)}))
 
 
 def read_bundle(

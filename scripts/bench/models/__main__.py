@@ -10,15 +10,16 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench.models.bars import STEP_BARS, verdicts
+from bench.models.bars import STEP_BARS, Row, verdicts
 
-SECTIONS = ("steps", "memory")
+SECTIONS = ("steps", "loop", "memory")
 DESCRIPTION = (
     "Measures the training step of each tiny model, as its bundle ships it, against the step's convolutions, linear "
-    "layers and attention alone; and the peak memory of training at the papers' sizes."
+    "layers and attention alone; how long its training waits for batches; and the peak memory at the papers' sizes."
 )
 
 
@@ -29,7 +30,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--models", metavar="NAME", nargs="+", choices=models, default=models, help=f"some of {', '.join(models)}"
     )
-    parser.add_argument("--only", choices=SECTIONS, help="only the steps, or only the memory")
+    parser.add_argument("--only", choices=SECTIONS, help="only one of the three")
+    parser.add_argument("--overlays", metavar="NAME", nargs="+", default=[], help="of steps and loop, names or files")
+    parser.add_argument("--dataset_dir", metavar="DATA", type=Path, help="of steps and loop, default the specimen")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="of the loop's loader, default 0 and 1")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch, default 2")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
     parser.add_argument("--repeats", type=int, default=9, help="turns of step and floor, default 9")
@@ -38,6 +42,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, its numbers mean nothing")
     arguments = parser.parse_args()
+    if arguments.dataset_dir is not None and not arguments.dataset_dir.exists():
+        refuse(f"--dataset_dir {arguments.dataset_dir} does not exist")
+    if min(arguments.workers) < 0:
+        refuse(f"--workers {' '.join(map(str, arguments.workers))}: give numbers from 0")
     if arguments.threads < 1 or arguments.repeats < 1:
         refuse("--threads and --repeats must be at least 1")
     return arguments
@@ -56,6 +64,7 @@ def main() -> None:
 
     from bench import environment
     from bench.models import report
+    from bench.models.loop import measure_loop
     from bench.models.memory import measure_memory
     from bench.models.steps import measure_steps
 
@@ -78,14 +87,16 @@ def main() -> None:
     device, is_quick = arguments.device, arguments.quick
     with tempfile.TemporaryDirectory(prefix="bench_models_") as folder:
         # Memory first: this process is still small.
-        jobs = {
-            "memory": lambda model: measure_memory(model, device, arguments.threads, is_quick),
-            "steps": lambda model: measure_steps(model, device, arguments.repeats, is_quick, Path(folder)),
+        data = (arguments.overlays, arguments.dataset_dir, device)
+        jobs: dict[str, Callable[[str], list[Row]]] = {
+            "memory": lambda model: [measure_memory(model, device, arguments.threads, is_quick)],
+            "steps": lambda model: [measure_steps(model, *data, arguments.repeats, is_quick, Path(folder))],
+            "loop": lambda model: [measure_loop(model, *data, n, is_quick, Path(folder)) for n in arguments.workers],
         }
         for section, job in jobs.items():
             for model in arguments.models if arguments.only in (None, section) else ():
                 start = time.perf_counter()
-                result[section].append(job(model))
+                result[section] += job(model)
                 result["bars"] = list(verdicts(result))
                 # What goes on is said on stderr; stdout holds the report alone.
                 print(f"{section} of {model} took {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import report
-from bench.models import memory, steps
+from bench.models import loop, memory, steps
 from bench.models.bars import Row
 from bench.models.floor import KINDS
 
-METHOD = f"{steps.METHOD} {memory.METHOD}"
+METHOD = f"{steps.METHOD} {loop.METHOD} {memory.METHOD}"
 
 
 def text(result: dict[str, Any]) -> str:
@@ -19,6 +19,8 @@ def text(result: dict[str, Any]) -> str:
     if result["steps"]:
         parts += [title("Training steps"), settings(result["steps"]), step_table(result["steps"])]
         parts += ["", parts_table(result["steps"]), "", floor_table(result["steps"])]
+    if result["loop"]:
+        parts += [title("Training loops"), settings(result["loop"]), loop_table(result["loop"])]
     if result["memory"]:
         parts += [title("Peak memory at the papers' sizes"), settings(result["memory"]), memory_table(result["memory"])]
     return "\n".join([*parts, title("Bars"), bars_table(result["bars"])])
@@ -80,6 +82,24 @@ def floor_table(rows: Sequence[Row]) -> str:
         [row["model"], "", *(f"{row['floor_kinds_ms'][k]:,.1f} ({row['calls'][k]})" for k in KINDS), ""] for row in rows
     ]
     return report.table(lines, ["parts of the floor, ms (calls)", "", *KINDS, ""])
+
+
+def loop_table(rows: Sequence[Row]) -> str:
+    """Waiting and crops a second."""
+    lines = [
+        [
+            row["model"],
+            "",
+            str(row["num_workers"]),
+            f"{row['step_ms']:,.1f}",
+            f"{row['wait_ms']:,.1f}",
+            f"{100 * row['waiting_share']:.1f} %",
+            f"{row['crops_per_s']:.2f}",
+            "",
+        ]
+        for row in rows
+    ]
+    return report.table(lines, ["model", "", "workers", "step ms", "wait ms", "waiting", "crops / s", ""])
 
 
 def memory_table(rows: Sequence[Row]) -> str:

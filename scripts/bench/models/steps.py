@@ -13,36 +13,44 @@ import torch
 
 from bench.models.bars import Row
 from bench.models.floor import KINDS, replay
-from bench.models.training import Batch, Training, build, first_batches, read_config, settings_of
+from bench.models.training import Batch, Training, build, first_batches, read_config, settings_of, specimen_for
 from bench.timing import TOUCHED_BYTES, synchronise, touch_memory
-from seg3d_monai.data.synthetic import write_specimen
 
 NUM_WARMUP, NUM_BATCHES = 10, 3
 METHOD = (
     f"Step: the trainer's own iteration on a batch that is in memory, after {NUM_WARMUP} steps of training; "
-    f"{NUM_BATCHES} batches of the built-in synthetic specimen by turns. Floor: every kernel call of the network's "
-    "convolutions, linear layers, attention and batched products, forward and backward, recorded from that very step "
-    "just before it (same weights, draws and tensors) and run alone; casts, sums for biases, norms, RoIAlign, NMS and "
-    "the criterion's products are not in it. Each turn takes both, in changing order; times are medians of the turns, "
-    "the ratio is the median of the turns' ratios. Parts are medians of further steps, one a turn, with a clock around "
-    "each part; matching is within the criterion, backward is what no other part took."
+    f"{NUM_BATCHES} batches by turns, of the built-in synthetic specimen if no data are given. Floor: every kernel "
+    "call of the network's convolutions, linear layers, attention and batched products, forward and backward, recorded "
+    "from that very step just before it (same weights, draws and tensors) and run alone; casts, sums for biases, "
+    "norms, RoIAlign, NMS and the criterion's products are not in it. Each turn takes both, in changing order; times "
+    "are medians of the turns, the ratio is the median of the turns' ratios. Parts are medians of further steps, one a "
+    "turn, with a clock around each part; matching is within the criterion, backward is what no other part took."
 )
-QUICK_SPECIMEN: dict[str, Any] = {"train_volumes": 1, "train_shape": (20, 48, 56), "test_shape": (20, 48, 56)}
 
 
-def measure_steps(model: str, device: str, repeats: int, is_quick: bool, folder: Path) -> Row:
+def measure_steps(
+    model: str,
+    overlays: Sequence[str],
+    dataset_dir: Path | None,
+    device: str,
+    repeats: int,
+    is_quick: bool,
+    folder: Path,
+) -> Row:
     """One row: settings, instances, times and parts of a bundle's training step.
 
     Args:
         model: name of the bundle.
+        overlays: names or files of overlays.
+        dataset_dir: data to train on; None for the built-in specimen.
         device: "cpu" or "cuda".
         repeats: turns that count; one more comes before them.
         is_quick: tiny sizes.
         folder: where the specimen is, or is to be written, and the run's files.
     """
-    specimen = write_specimen(folder / "specimen", **(QUICK_SPECIMEN if is_quick else {"test_shape": (64, 160, 160)}))
-    changes = {"dataset_dir": str(specimen), "output_dir": str(folder / model), "device": device}
-    parser = read_config(model, [], changes, is_quick)
+    data = specimen_for(folder, is_quick) if dataset_dir is None else dataset_dir
+    changes = {"dataset_dir": str(data), "output_dir": str(folder / model), "device": device}
+    parser = read_config(model, overlays, changes, is_quick)
     training = build(parser, device)
     num_warmup = 2 if is_quick else NUM_WARMUP
     batches = first_batches(parser, num_warmup + NUM_BATCHES)
@@ -51,7 +59,8 @@ def measure_steps(model: str, device: str, repeats: int, is_quick: bool, folder:
     batches = batches[num_warmup:]
     if device == "cpu" and not is_quick:
         touch_memory(TOUCHED_BYTES)
-    row: Row = {"model": model, "settings": settings_of(parser, training.trainer), "changed_ids": sorted(changes)}
+    row: Row = {"model": model, "overlays": [Path(name).stem for name in overlays]}
+    row |= {"settings": settings_of(parser, training.trainer), "changed_ids": sorted(changes)}
     row["instances_of_crops"] = [len(target["ids"]) for batch in batches for target in batch["targets"]]
     return row | compare(training, batches, repeats)
 

@@ -1,5 +1,6 @@
 """A bundle's training, built from its shipped configuration, and single steps of its own trainer."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +12,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from bench.models.floor import Call, record
+from seg3d_monai.data.synthetic import write_specimen
 from seg3d_monai.engine import InstanceTrainer
 
 BUNDLES = Path(__file__).parents[3] / "bundles"
@@ -33,14 +35,25 @@ QUICK_NETWORK = {
 }
 """Overrides for a smoke test."""
 
+QUICK_SPECIMEN: dict[str, Any] = {"train_volumes": 1, "train_shape": (20, 48, 56), "test_shape": (20, 48, 56)}
+
 Batch = dict[str, Any]
 
 
+def specimen_for(folder: Path, is_quick: bool) -> Path:
+    """The built-in synthetic specimen, written where it is not there yet."""
+    return write_specimen(folder / "specimen", **(QUICK_SPECIMEN if is_quick else {"test_shape": (64, 160, 160)}))
+
+
 def read_config(model: str, overlays: Sequence[str], changes: Mapping[str, Any], is_quick: bool) -> ConfigParser:
-    """train.json of a bundle, overlays over it, then the changed ids, and the quick sizes if they are wanted."""
+    """train.json of a bundle, overlays over it, by name or file, then the changed ids, and quick sizes if wanted."""
     folder = BUNDLES / model / "configs"
     parser = ConfigParser()
-    parser.read_config([folder / "train.json", *(folder / "overlays" / f"{name}.json" for name in overlays)])
+    files = [Path(name) if Path(name).is_file() else folder / "overlays" / f"{name}.json" for name in overlays]
+    parser.read_config(folder / "train.json")
+    for file in files:
+        for key, value in json.loads(file.read_text(encoding="utf-8")).items():
+            parser[key] = value
     for key, value in {**changes, **(QUICK | QUICK_NETWORK[model] if is_quick else {})}.items():
         parser[key] = value
     parser.parse(True)
