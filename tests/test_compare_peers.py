@@ -241,6 +241,7 @@ def test_ours_runs_the_commands_that_users_run(tmp_path, monkeypatch):
     assert pairs["--overlay"] == "a,b"
     assert (pairs["--dataset_dir"], pairs["--max_minutes"], pairs["--seed"]) == ("m.json", "2.5", "7")
     assert pairs["--index#val_specimens"] == "[]"
+    assert pairs["--resume"] == "true"
     assert tune[:4] == ["-m", "seg3d_monai", "tune", "maskrcnn3d"]
     pairs = dict(zip(tune[4::2], tune[5::2], strict=True))
     assert pairs["--tune_where"] == "name in ('z',)"
@@ -248,6 +249,33 @@ def test_ours_runs_the_commands_that_users_run(tmp_path, monkeypatch):
     calls.clear()
     assert ours.train_and_tune(replace(request, settings={**settings, "tune": False}), tmp_path / "log.txt") is None
     assert len(calls) == 1
+
+
+def test_ours_goes_on_where_it_was_stopped_if_nothing_has_changed(dataset):
+    from peers.race import request_for
+    from peers.volumes import divided
+
+    options = options_of(dataset)
+    division = divided(options)
+    request = request_for(options, division, "ours", 3)
+    request.write()
+    last = Path(request.folder) / "run" / "last.pt"
+
+    def is_kept(chosen=options, name="ours"):
+        last.parent.mkdir(parents=True, exist_ok=True)
+        last.write_text("a checkpoint")
+        request_for(chosen, division, name, 3)
+        kept = last.exists()
+        Path(request.folder).mkdir(exist_ok=True)
+        request.write()
+        return kept
+
+    assert is_kept()
+    assert not is_kept(replace(options, minutes=options.minutes + 1))
+    assert not is_kept(replace(options, restart=True))
+    last.unlink(missing_ok=True)
+    request_for(options, division, "ours", 3)
+    assert not request.path.exists(), "nothing was trained: it begins anew"
 
 
 def row_of(contestant, seed, f1):

@@ -50,9 +50,18 @@ class Request:
 
     def write(self) -> Path:
         """Write it into its folder."""
-        path = Path(self.folder) / "request.json"
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        return path
+        self.path.write_text(self.text, encoding="utf-8")
+        return self.path
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return Path(self.folder) / "request.json"
+
+    @property
+    def text(self) -> str:
+        """What stands there."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_arguments(cls) -> "Request":
@@ -106,7 +115,7 @@ def predict_all(request: Request, predict: Predict) -> list[dict[str, Any]]:
         For each volume its name, voxels, and seconds from raw voxels to labels.
     """
     folder = Path(request.folder) / "labels"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     rows = []
     for position, name in enumerate(request.val):
         volume = read_volume(Path(request.volumes), name)

@@ -46,16 +46,23 @@ def train_and_tune(request: Request, log: Path) -> float | None:
     if settings["overlays"]:
         common += ["--overlay", ",".join(settings["overlays"])]
     common += flags(changes(request))
-    trained = {"max_minutes": request.minutes, "val_interval": NO_VALIDATION, "seed": request.seed}
+    trained = {"max_minutes": request.minutes, "val_interval": NO_VALIDATION, "seed": request.seed, "resume": True}
     run_process(["-m", "seg3d_monai", "train", *common, *flags(trained)], threads=request.threads, log=log)
     if not settings["tune"]:
         return None
     # Whatever their split: they may be trained on.
     where = ["--tune_where", f"name in {tuple(request.tune)!r}"]
     start = time.perf_counter()
+    tuned_file(request).unlink(missing_ok=True)  # of a race that was stopped
     words = ["-m", "seg3d_monai", "tune", *common, *where, "--out", str(tuned_file(request))]
     run_process(words, threads=request.threads, log=log)
     return time.perf_counter() - start
+
+
+def is_begun(request: Request) -> bool:
+    """Whether the folder holds a training of this very request, which can go on."""
+    is_same = request.path.exists() and request.path.read_text(encoding="utf-8") == request.text
+    return is_same and (Path(request.folder) / "run" / "last.pt").exists()
 
 
 def changes(request: Request) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The race itself: every contestant in processes of its own, judged by the same metrics on the same volumes.
 
-A finished result is kept in the folder and taken from there when the race is run again.
+A finished result is kept in the folder and taken from there when the race is run again, and our own training goes on
+where it was stopped, its clock included.
 """
 
 import json
@@ -96,16 +97,14 @@ def kept(file: Path, race_of: Mapping[str, Any]) -> Row | None:
 
 
 def request_for(options: Options, division: Division, name: str, seed: int) -> Request:
-    """What a contestant is told, in a fresh folder."""
+    """What a contestant is told, in a fresh folder, or in that of a training of ours that was stopped."""
     folder = options.folder / "runs" / f"{name}_{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     settings = {}
     if name == "ours":
         manifest = str(options.folder / "manifest.json")
         settings = {"bundle": options.bundle, "overlays": list(options.overlays), "tune": options.tune}
         settings |= {"manifest": manifest}
-    return Request(
+    request = Request(
         folder=str(folder),
         volumes=str(options.folder / "volumes"),
         **{part: [row.name for row in getattr(division, part)] for part in ("train", "tune", "val")},
@@ -115,6 +114,10 @@ def request_for(options: Options, division: Division, name: str, seed: int) -> R
         is_quick=options.is_quick,
         settings=settings,
     )
+    if options.restart or not (name == "ours" and ours.is_begun(request)):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    return request
 
 
 def result_of(request: Request, name: str, stardist: Path | None) -> Row:
