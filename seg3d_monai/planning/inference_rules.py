@@ -31,7 +31,12 @@ def halo(large: Sequence[float]) -> tuple[Triple, str]:
 
 
 def block_size(
-    crop: Triple, halo: Sequence[int], strides: Sequence[int], fits: Callable[[Triple], bool], limit: str
+    crop: Triple,
+    halo: Sequence[int],
+    strides: Sequence[int],
+    fits: Callable[[Triple], bool],
+    limit: str,
+    large: Sequence[int] | None = None,
 ) -> tuple[Triple, str]:
     """Voxels that a block owns, (z, y, x).
 
@@ -41,18 +46,25 @@ def block_size(
         strides: of the coarsest level.
         fits: whether a block may read so many voxels along each axis.
         limit: in words, what is full where it does not fit.
+        large: a block that is good where what a network finds does not depend on how much it sees; None where it does.
     """
-    owned = crop
+    z, y, x = crop if large is None else map(max, crop, large)
+    wanted = owned = (z, y, x)
     while not fits(read_size(owned, halo)) and any(n > s for n, s in zip(owned, strides, strict=True)):
         axis = max(range(3), key=lambda a: owned[a] / strides[a])
         shorter = [max(1, n - strides[a]) if a == axis else n for a, n in enumerate(owned)]
         owned = (shorter[0], shorter[1], shorter[2])
-    size = "as much as a crop holds" if owned == crop else f"less than a crop holds, since {limit}"
-    return owned, (
-        f"{size}: with its halo a block shows about what was trained on, and norms over a whole image depend on how "
-        f"much there is to see. It reads {number(overhead(owned, halo))} voxels for each that it owns; larger blocks "
-        "are faster"
-    )
+    if large is None:
+        size = "as much as a crop holds" if owned == wanted else f"less than a crop holds, since {limit}"
+        reason = (
+            f"{size}: with its halo a block shows about what was trained on, and norms over a whole image depend on "
+            "how much there is to see"
+        )
+        end = "; larger blocks are faster"
+    else:
+        size = "large" if owned == wanted else f"as large as possible, since {limit}"
+        reason, end = f"{size}: the network's norms do not depend on how much there is to see", ""
+    return owned, f"{reason}. It reads {number(overhead(owned, halo))} voxels for each that it owns{end}"
 
 
 def read_size(owned: Sequence[int], halo: Sequence[int]) -> Triple:

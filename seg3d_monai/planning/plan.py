@@ -256,5 +256,12 @@ class _Planner:
             return model.prediction(read) <= self.memory and not is_crowded
 
         limit = "memory is full" if queries is None else "memory or queries are full"
-        block = self.choose("block_size", inference_rules.block_size, self.crop, halo, self.coarsest, fits, limit)
+        rule = inference_rules.block_size
+        large = self.bundle.get("block_size") if self._is_local() else None
+        block = self.choose("block_size", rule, self.crop, halo, self.coarsest, fits, limit, large)
         return inference_rules.read_size(block, halo)
+
+    def _is_local(self) -> bool:
+        """Whether none of the network's norms looks at a whole image."""
+        keys = ("backbone#norm", "network_def#norm")
+        return all(self.bundle.takes(key) and self.bundle.get(key) != "group" for key in keys)

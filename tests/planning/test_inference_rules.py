@@ -35,6 +35,21 @@ def test_less_where_that_does_not_fit():
     assert "less than a crop holds, since memory is full" in blocks_of(56 * 112 * 112 - 1)[1]
 
 
+def test_a_block_is_large_where_norms_do_not_mind():
+    def blocks(most_voxels):
+        return rules.block_size(
+            (48, 80, 80), (8, 16, 16), STRIDES, lambda read: prod(read) <= most_voxels, "memory is full", (32, 192, 96)
+        )
+
+    block, reason = blocks(1e9)
+    assert block == (48, 192, 96)
+    assert reason.startswith("large: the network's norms do not depend")
+    # (48, 192, 96) reads 64 * 224 * 128; y has twelve strides and the others six.
+    assert blocks(64 * 224 * 128 - 1)[0] == (48, 176, 96)
+    assert "as large as possible, since memory is full" in blocks(64 * 224 * 128 - 1)[1]
+    assert blocks(0)[0] == STRIDES
+
+
 def test_a_stride_is_the_least_that_a_block_owns():
     assert blocks_of(0)[0] == STRIDES
     assert blocks_of(0, crop=(1, 64, 64))[0] == (1, 16, 16)
