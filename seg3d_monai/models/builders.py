@@ -27,6 +27,7 @@ def maskrcnn3d(
     mask_margin: float = 0.0,
     mask_image_channels: int = 0,
     mask_scoring: bool = False,
+    image_power: float = 1.0,
     sampling_ratio: int = 2,
     semantic: bool = False,
     norm: str = "group",
@@ -58,7 +59,7 @@ def maskrcnn3d(
         mask_convs: convolutions of the mask head.
         mask_levels: pyramid levels that masks are pooled from; default as boxes. One fine level gives sharper
             masks of small objects.
-        mask_margin, mask_scoring: see `MaskRCNN3d`.
+        mask_margin, mask_scoring, image_power: see `MaskRCNN3d`.
         mask_image_channels: channels of the image, if the mask head reads it beside the features: for outlines finer
             than the finest level.
         sampling_ratio: RoIAlign samples a bin and axis.
@@ -109,6 +110,7 @@ def maskrcnn3d(
         ),
         semantic_head=SemanticHead(in_channels=fpn_channels, level=read_for_masks[0]) if semantic else None,
         roi_matcher=IoUMatcher(foreground_iou=roi_foreground_iou, background_iou=roi_foreground_iou, match_best=False),
+        image_power=image_power,
         mask_margin=mask_margin,
         mask_scoring=mask_scoring,
         num_roi_samples=num_roi_samples,

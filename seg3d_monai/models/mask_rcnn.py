@@ -47,6 +47,8 @@ class MaskRCNN3d(nn.Module):
         mask_head: RoI features -> mask logits.
         semantic_head: features -> foreground and borders, in training only; or None.
         roi_matcher: assigns proposals to true boxes in training.
+        image_power: what intensities are raised to, sign kept; 0.5 lifts dim objects, and makes shot noise about as
+            strong in bright places as in dim ones (Anscombe 1948).
         mask_margin: share of a box's extent that is added on each side of it for its mask, where boxes cut off too
             much; detections have these boxes.
         mask_scoring: whether the score of a detection is multiplied by the mean probability of its mask's own cells, as
@@ -64,6 +66,9 @@ class MaskRCNN3d(nn.Module):
         score_threshold: least score of a detection.
         detection_nms_threshold: IoU of duplicates among detections.
         max_detections: detections kept of each image; grows alike. A warning says which score the last one had.
+
+    Raises:
+        ValueError: an `image_power` that is not above 0.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class MaskRCNN3d(nn.Module):
         mask_head: MaskHead,
         semantic_head: SemanticHead | None = None,
         roi_matcher: IoUMatcher,
+        image_power: float = 1.0,
         mask_margin: float = 0.0,
         mask_scoring: bool = False,
         num_roi_samples: int = 128,
@@ -92,6 +98,8 @@ class MaskRCNN3d(nn.Module):
         max_detections: int = 2000,
     ) -> None:
         super().__init__()
+        if not image_power > 0:
+            raise ValueError(f"image_power is {image_power}; it must be more than 0")
         self.backbone = backbone
         self.anchors = anchors
         self.rpn = rpn
@@ -101,6 +109,7 @@ class MaskRCNN3d(nn.Module):
         self.mask_head = mask_head
         self.semantic_head = semantic_head
         self.roi_matcher = roi_matcher
+        self.image_power = image_power
         self.mask_margin = mask_margin
         self.mask_scoring = mask_scoring
         self.num_roi_samples = num_roi_samples
@@ -118,7 +127,7 @@ class MaskRCNN3d(nn.Module):
     def extra_repr(self) -> str:
         """The settings of detection, for `repr`: no weight tells them."""
         names = "pre_nms_top_n post_nms_top_n proposal_nms_threshold min_objectness score_threshold"
-        names += " detection_nms_threshold max_detections mask_margin mask_scoring"
+        names += " detection_nms_threshold max_detections image_power mask_margin mask_scoring"
         return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
 
     def forward(
@@ -140,6 +149,8 @@ class MaskRCNN3d(nn.Module):
         Raises:
             ValueError: training mode without targets.
         """
+        if self.image_power != 1:
+            images = images.sign() * images.abs().pow(self.image_power)
         features = self.backbone(images)
         anchors = self.anchors(features)
         objectness, deltas = self.rpn(features)

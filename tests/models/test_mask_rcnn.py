@@ -360,6 +360,21 @@ def test_scores_are_those_of_class_and_mask(make_detector):
     assert len(scored(image)[0]["scores"]) == 0
 
 
+def test_intensities_are_raised_to_a_power(make_detector, make_target):
+    plain, raised = make_detector(mask_image_channels=1), make_detector(mask_image_channels=1, image_power=0.5)
+    image = torch.randn(1, 1, *SIZE)
+    root = torch.where(image < 0, -1.0, 1.0) * image.abs().sqrt()
+    found, expected = raised.eval()(image)[0], plain.eval()(root)[0]
+    assert len(found["boxes"]) > 5
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value)
+    _, losses = step(raised, torch.zeros_like(image), [make_target(SIZE, CROWD[:5])])  # no slope at 0
+    sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in raised.parameters())
+    with pytest.raises(ValueError, match="image_power is 0"):
+        make_detector(image_power=0)
+
+
 @pytest.mark.parametrize("counts", [(0,), (0, 60)])
 def test_masks_may_read_the_image(make_detector, make_target, counts):
     network = make_detector(in_channels=2, mask_image_channels=2)
