@@ -1,0 +1,1 @@
+"""Benchmark of crowded and anisotropic volumes: found against true nuclei; `scripts/bench_stress` runs it."""
