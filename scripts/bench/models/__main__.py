@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--models", metavar="NAME", nargs="+", choices=models, default=models, help=f"some of {', '.join(models)}"
     )
-    parser.add_argument("--only", choices=SECTIONS, help="only one of the three")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="some of the three")
     parser.add_argument("--overlays", metavar="NAME", nargs="+", default=[], help="of steps and loop, names or files")
     parser.add_argument("--dataset_dir", metavar="DATA", type=Path, help="of steps and loop, default the specimen")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="of the loop's loader, default 0 and 1")
@@ -94,7 +94,7 @@ def main() -> None:
             "loop": lambda model: [measure_loop(model, *data, n, is_quick, Path(folder)) for n in arguments.workers],
         }
         for section, job in jobs.items():
-            for model in arguments.models if arguments.only in (None, section) else ():
+            for model in arguments.models if section in arguments.only else ():
                 start = time.perf_counter()
                 result[section] += job(model)
                 result["bars"] = list(verdicts(result))
