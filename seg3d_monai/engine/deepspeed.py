@@ -160,6 +160,9 @@ class DeepSpeedReplicas:
         deepspeed = _import_deepspeed(device)
         check_sections(settings)
         trained = _Computed(deepcopy(network).train(), amp_type)
+        for parameter in trained.parameters():
+            # DeepSpeed sends them as bytes in a row; contiguous() would leave strides of axes of length 1.
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         copies = dict(zip(network.parameters(), trained.network.parameters(), strict=True))
         own_names = {p: name for name, p in network.named_parameters()}
         self._groups = [([own_names[p] for p in group["params"]], group) for group in optimizer.param_groups]
@@ -234,6 +237,8 @@ class DeepSpeedReplicas:
                 own[name].copy_(value)
             for mine, trained in zip(self._network.buffers(), self._trained.buffers(), strict=True):
                 mine.copy_(trained)
+                if num_processes() > 1:
+                    dist.broadcast(mine, 0)  # as DistributedDataParallel: the first process's moments
         yield
 
     def state(self, average: TensorAverage | None) -> dict[str, Any]:

@@ -122,10 +122,11 @@ class BatchNorm(nn.BatchNorm3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, D, H, W] -> the same, in the dtype of nn.BatchNorm3d: that of x."""
-        if x.numel() > x.shape[1]:
-            normed: Tensor = super().forward(x)
-        else:
-            normed = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)  # DeepSpeed halves these alone
+        is_of_batch = self.training and x.numel() > x.shape[1]
+        normed = F.batch_norm(x, mean, var, weight, bias, is_of_batch, float(self.momentum or 0), self.eps)
         return torch.relu_(normed) if self.relu else normed
 
     def extra_repr(self) -> str:

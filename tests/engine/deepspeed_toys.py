@@ -12,8 +12,9 @@ from seg3d_monai.losses import MaskRCNNCriterion, SetCriterion
 from seg3d_monai.matching import HungarianMatcher, IoUMatcher
 from seg3d_monai.models import mask2former3d, maskdino3d, maskrcnn3d
 
-MODELS = ["maskrcnn3d", "maskdino3d", "mask2former3d"]
+MODELS = ["maskrcnn3d", "maskrcnn3d_accurate", "maskdino3d", "mask2former3d"]
 BACKBONES = {
+    "maskrcnn3d_accurate": (resnet_backbone, {"depth": 10, "width": 8, "norm": "batch"}),
     "maskrcnn3d": (resnet_backbone, {"depth": 10, "width": 8}),
     "maskdino3d": (
         ConvNeXt,
@@ -40,8 +41,8 @@ def settings(stage, **more):
 
 
 def parameters(weights):
-    """A copy without the toy's count of crops, which differs from process to process."""
-    return {name: value.clone() for name, value in weights.items() if name != "seen"}
+    """A copy without counts: the toy's, of crops, differs from process to process."""
+    return {name: value.clone() for name, value in weights.items() if value.is_floating_point() and name != "seen"}
 
 
 def evaluated(trainer):
@@ -120,12 +121,16 @@ def skip(rank, size, stage, poison, batches):
 
 
 def model(name):
-    """A network and its criterion; the three have three backbones, and Mask DINO recomputes its activations."""
+    """A network and its criterion; there are three backbones, and Mask DINO recomputes its activations."""
     make_backbone, sizes = BACKBONES[name]
     backbone = make_backbone(in_channels=1, **sizes)
-    if name == "maskrcnn3d":
-        shapes = [[[6, 12, 12]], [[12, 24, 24]]]
-        network = maskrcnn3d(backbone=backbone, anchor_shapes=shapes, fpn_channels=8, box_hidden=16, mask_channels=8)
+    if name in ("maskrcnn3d", "maskrcnn3d_accurate"):
+        shapes, more = [[[6, 12, 12]], [[12, 24, 24]]], {}
+        if name == "maskrcnn3d_accurate":
+            more = {"norm": "batch", "semantic": True, "mask_image_channels": 1, "mask_margin": 0.1}
+        network = maskrcnn3d(
+            backbone=backbone, anchor_shapes=shapes, fpn_channels=8, box_hidden=16, mask_channels=8, **more
+        )
         matcher = IoUMatcher(foreground_iou=0.4, background_iou=0.2, match_best=True)
         return network, MaskRCNNCriterion(matcher=matcher)
     build, kind = (maskdino3d, "focal") if name == "maskdino3d" else (mask2former3d, "cross_entropy")

@@ -247,7 +247,21 @@ def test_batch_norm_equals_torchs_own(relu, dtype):
         mine = torch.autograd.grad(normed, [x, *module.parameters()], grad)
         true = torch.autograd.grad(expected, [x, *other.parameters()], grad)
         torch.testing.assert_close(mine, true)
-    torch.testing.assert_close(module.state_dict(), other.state_dict())
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(module, name), getattr(other, name))
+
+
+def test_batch_norm_takes_weights_of_a_half_type():
+    module, other = BatchNorm(5), nn.BatchNorm3d(5, momentum=0.02)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.bfloat16()
+    x = torch.randn(2, 5, 3, 4, 6).bfloat16()
+    normed = module(x)
+    assert normed.dtype == torch.bfloat16
+    torch.testing.assert_close(normed, other(x))
+    torch.testing.assert_close(module.running_var, other.running_var)
+    normed.float().square().sum().backward()
+    assert module.weight.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2, 2, 2), (1, 3, 1, 1, 1)])
