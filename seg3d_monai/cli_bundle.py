@@ -49,10 +49,9 @@ def config_files(folder: Path, config_file: str | None, default: str) -> list[st
     Raises:
         FileNotFoundError: If one of them does not exist.
     """
-    if config_file is None:
-        names = [default]
-    else:
-        names = [name.strip().strip("'\"") for name in config_file.strip().strip("[]").split(",")]
+    if config_file is None:  # the bundle's, whatever file of that name lies where the user stands
+        return [_existing(folder / "configs", default, "config file", may_be_path=False)]
+    names = [name.strip().strip("'\"") for name in config_file.strip().strip("[]").split(",")]
     return [_existing(folder / "configs", name, "config file") for name in names]
 
 
@@ -107,9 +106,9 @@ def literal_path(path: str) -> str:
     return f"./{path}" if path.startswith(("@", "%", "$")) else path
 
 
-def _existing(folder: Path, name: str, kind: str) -> str:
-    """The path of `name`, tried as a path and inside `folder`."""
-    for candidate in (Path(name), folder / name):
+def _existing(folder: Path, name: str, kind: str, may_be_path: bool = True) -> str:
+    """The path of `name`, tried as a path, unless it may be none, and inside `folder`."""
+    for candidate in (Path(name), folder / name) if may_be_path else (folder / name,):
         if candidate.is_file():
             return str(candidate)
     known = [path.name for path in folder.glob("*.json")]

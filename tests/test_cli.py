@@ -304,6 +304,17 @@ def test_train_is_the_same_as_monai_bundle(toy_bundle: Path, tmp_path: Path) -> 
     assert (tmp_path / "seen.json").read_text() == expected
 
 
+def test_a_file_where_the_user_stands_is_not_taken_for_the_bundles(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "train.json").write_text('{"network": {"depth": 1}}')
+    monkeypatch.chdir(elsewhere)
+    assert cli.main(["train", str(toy_bundle), "--epochs", "4"]) == 0
+    assert json.loads((tmp_path / "seen.json").read_text())["depth"] == 18
+
+
 def test_a_bundle_is_found_by_name(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli_bundle.find_bundle("toy3d").resolve() == toy_bundle
