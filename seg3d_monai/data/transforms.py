@@ -27,7 +27,7 @@ __all__ = ["RandBlurd", "RandChannelDropd", "RandCoarseZd", "RandTurnPlaned", "R
 
 
 class SeededCompose(Compose):
-    """MONAI's Compose with one generator for all transforms: to seed one for each took a sixth of a sample's time."""
+    """MONAI's Compose with one generator for all transforms: to seed one for each took an eighth of a sample's time."""
 
     def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> "SeededCompose":
         """Give all transforms the generator."""
