@@ -11,6 +11,7 @@ Must not know: files, the crop index, targets.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -135,9 +136,13 @@ class RandWarpd(Randomizable, MapTransform):
         spacing = np.array(_spacing(data, self.spacing_um))
         to_input = np.linalg.inv(self._draw_matrix()) if is_affine else np.eye(3)
         bending = self._draw_bending(size * spacing, size) if is_elastic else None
-        grid = sampling_grid(to_input, bending, source=source, size=size, spacing=spacing)
-        result[self._image_key] = _sample(image.to(torch.float32), grid, "bilinear")
-        result[self._label_key] = _sample(_as_float(label), grid, "nearest").to(label.dtype) + IGNORE
+        if bending is None and not (to_input[0, 1:].any() or to_input[1:, 0].any()):
+            depth, height, width = axis_shares(to_input, source=source, size=size, spacing=spacing)
+            sampled = partial(_sample_planes, depth=depth[:, 2], grid=height[:, None, :2] + width[:, :2])
+        else:
+            sampled = partial(_sample, grid=sampling_grid(to_input, bending, source=source, size=size, spacing=spacing))
+        result[self._image_key] = sampled(image.to(torch.float32), mode="bilinear")
+        result[self._label_key] = sampled(_as_float(label), mode="nearest").to(label.dtype) + IGNORE
         return result
 
     def _draw_matrix(self) -> np.ndarray:
@@ -207,21 +212,67 @@ def sampling_grid(
     Returns:
         float32 [1, D, H, W, 3], (x, y, z) from -1 to 1 across the input.
     """
-    half_in, half_out = (np.array(extent) * spacing / 2 for extent in (source, size))
-    from_um = torch.from_numpy(np.ascontiguousarray((to_input / half_in[:, None])[::-1])).to(torch.float32)
-    along = from_um * torch.from_numpy(half_out).to(torch.float32)
-    depth, height, width = (
-        (2 * torch.arange(int(n), dtype=torch.float32) + 1)[:, None] / int(n) * column - column
-        for n, column in zip(size, along.T, strict=True)
-    )
+    depth, height, width = axis_shares(to_input, source=source, size=size, spacing=spacing)
     grid = (depth[:, None] + height)[:, :, None] + width  # in less than half the time of affine_grid
     if bending is not None:
-        grid += (from_um @ bending.flatten(1)).T.reshape(grid.shape)
+        grid += (_from_um(to_input, source, spacing) @ bending.flatten(1)).T.reshape(grid.shape)
     return grid[None]
 
 
-def _sample(tensor: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
+def axis_shares(
+    to_input: np.ndarray,
+    *,
+    source: Sequence[int] | np.ndarray,
+    size: Sequence[int] | np.ndarray,
+    spacing: Sequence[float] | np.ndarray,
+) -> list[torch.Tensor]:
+    """What each axis adds to the places of `sampling_grid` without bending, whose arguments these are.
+
+    Returns:
+        For z, y and x float32 [voxels along it, 3], (x, y, z).
+    """
+    along = _from_um(to_input, source, spacing) * torch.from_numpy(np.array(size) * spacing / 2).to(torch.float32)
+    return [
+        (2 * torch.arange(int(n), dtype=torch.float32) + 1)[:, None] / int(n) * column - column
+        for n, column in zip(size, along.T, strict=True)
+    ]
+
+
+def _from_um(to_input: np.ndarray, source: Sequence[int] | np.ndarray, spacing: Any) -> torch.Tensor:
+    """[3, 3], from (z, y, x) micrometres around the output's centre to (x, y, z) from -1 to 1 across the input."""
+    half = np.array(source) * spacing / 2
+    return torch.from_numpy(np.ascontiguousarray((to_input / half[:, None])[::-1])).to(torch.float32)
+
+
+def _sample(tensor: torch.Tensor, *, grid: torch.Tensor, mode: str) -> torch.Tensor:
     return functional.grid_sample(tensor[None], grid, mode=mode, padding_mode="zeros", align_corners=False)[0]
+
+
+def _sample_planes(tensor: torch.Tensor, *, depth: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
+    """What `_sample` gives where planes stay planes, in a fraction of the time: torch vectorises it in 2D alone.
+
+    Args:
+        tensor: float32 [C, d, h, w].
+        depth: [D], places of the output's planes, -1 to 1 across the input.
+        grid: [H, W, 2], (x, y) of a plane's voxels, -1 to 1.
+        mode: "bilinear" or "nearest".
+
+    Returns:
+        float32 [C, D, H, W].
+    """
+    grids, num_planes = grid.expand(len(tensor), *grid.shape), tensor.shape[1]
+    planes = functional.grid_sample(tensor, grids, mode=mode, padding_mode="zeros", align_corners=False)
+    place = ((depth + 1) * num_planes - 1) / 2
+    if mode == "nearest":
+        return _planes_at(planes, place.round(), torch.ones_like(place))
+    below = place.floor()
+    return _planes_at(planes, below, below + 1 - place) + _planes_at(planes, below + 1, place - below)
+
+
+def _planes_at(planes: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Planes [C, D, H, W] by their numbers, weighted; those outside are 0."""
+    inside = index.clamp(0, planes.shape[1] - 1)
+    return planes[:, inside.long()] * torch.where(inside == index, weight, 0)[:, None, None]
 
 
 def _check_scales(scale_range: Sequence[Sequence[float]]) -> None:

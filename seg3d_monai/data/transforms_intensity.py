@@ -1,4 +1,4 @@
-"""What microscopes do to images, as MONAI dictionary transforms: blur, coarse planes, missing channels.
+"""What microscopes do to images, as MONAI dictionary transforms: blur, coarse planes, noise, missing channels.
 
 Labels stay as they are: a nucleus does not change its place because it was imaged worse.
 
@@ -7,10 +7,10 @@ Must not know: files, labels, the crop index.
 
 from collections.abc import Hashable, Mapping, Sequence
 
+import numpy as np
 import torch
 from monai.networks.layers import gaussian_1d
 from monai.transforms import MapTransform, RandomizableTransform
-from scipy.ndimage import correlate1d
 from torch.nn import functional
 
 
@@ -38,10 +38,10 @@ class RandBlurd(RandomizableTransform, MapTransform):
         if self._do_transform:
             sigmas = self.R.uniform(*self._range, size=3) * (0.5, 1, 1)
             for key in self.key_iterator(result):
-                image = torch.as_tensor(result[key]).numpy()
+                image = torch.as_tensor(result[key])
                 for axis, sigma in enumerate(sigmas, start=1):
-                    image = correlate1d(image, gaussian_1d(torch.tensor(sigma)).numpy(), axis, mode="constant")
-                result[key] = torch.from_numpy(image)
+                    image = blurred(image, gaussian_1d(torch.tensor(sigma)).tolist(), axis)
+                result[key] = image
         return result
 
 
@@ -79,6 +79,33 @@ class RandCoarseZd(RandomizableTransform, MapTransform):
         return result
 
 
+class RandNoised(RandomizableTransform, MapTransform):
+    """Gaussian noise as by MONAI's RandGaussianNoised, drawn as float32, in a quarter of the time.
+
+    Args:
+        keys: float32 [C, D, H, W], each with noise of its own.
+        prob: probability, 0 to 1.
+        std: largest standard deviation.
+    """
+
+    def __init__(self, *, keys: Sequence[str] | str = "image", prob: float = 0.1, std: float = 0.1) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        self._std = float(std)
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        """Transform one sample."""
+        result = dict(data)
+        self.randomize(None)
+        if self._do_transform:
+            std = self.R.uniform(0, self._std)
+            generator = torch.Generator().manual_seed(int(self.R.randint(2**32, dtype=np.uint32)))
+            for key in self.key_iterator(result):
+                image = torch.as_tensor(result[key])
+                result[key] = torch.add(image, torch.randn(image.shape, generator=generator), alpha=std)
+        return result
+
+
 class RandChannelDropd(RandomizableTransform, MapTransform):
     """Blank one channel, which one at random; images of a single channel stay as they are.
 
@@ -102,6 +129,20 @@ class RandChannelDropd(RandomizableTransform, MapTransform):
                 result[key] = result[key].clone()
                 result[key][int(chosen * num_channels)] = 0
         return result
+
+
+def blurred(image: torch.Tensor, kernel: Sequence[float], axis: int) -> torch.Tensor:
+    """Correlate along an axis with a kernel of odd length; 0 lies outside.
+
+    Sums of shifted images, so that each bit is the same whatever the number of threads.
+    """
+    radius, length = len(kernel) // 2, image.shape[axis]
+    result = image * kernel[radius]
+    for shift in range(1, min(radius, length - 1) + 1):
+        inner = length - shift
+        result.narrow(axis, shift, inner).add_(image.narrow(axis, 0, inner), alpha=kernel[radius - shift])
+        result.narrow(axis, 0, inner).add_(image.narrow(axis, shift, inner), alpha=kernel[radius + shift])
+    return result
 
 
 def coarsening(num_planes: int, num_slabs: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from seg3d_monai.layers.cell_linear import CellLinear
 from seg3d_monai.layers.conv import Conv3d, ConvNormAct, group_norm
 from seg3d_monai.layers.deformable_attention import DeformableAttention3d
+from seg3d_monai.layers.image_power import ImagePower
 from seg3d_monai.layers.mlp import MLP
 from seg3d_monai.layers.norm import BatchNorm, CellNorm, ChannelNorm, GroupNorm, LayerNorm
 from seg3d_monai.layers.pixel_decoder_output import PixelDecoderOutput
@@ -25,6 +26,7 @@ __all__ = [
     "DeformableAttention3d",
     "FeedForward",
     "GroupNorm",
+    "ImagePower",
     "LayerNorm",
     "PixelDecoderOutput",
     "PlaceEmbedding",

@@ -59,7 +59,8 @@ def maskrcnn3d(
         mask_convs: convolutions of the mask head.
         mask_levels: pyramid levels that masks are pooled from; default as boxes. One fine level gives sharper
             masks of small objects.
-        mask_margin, mask_scoring, image_power: see `MaskRCNN3d`.
+        mask_margin, mask_scoring: see `MaskRCNN3d`.
+        image_power: see `ImagePower`.
         mask_image_channels: channels of the image, if the mask head reads it beside the features: for outlines finer
             than the finest level.
         sampling_ratio: RoIAlign samples a bin and axis.

@@ -20,6 +20,7 @@ from seg3d_monai.heads import (
     select_detections,
     select_proposals,
 )
+from seg3d_monai.layers import ImagePower
 from seg3d_monai.matching import IoUMatcher, sample_balanced
 from seg3d_monai.ops import roi_align3d
 from seg3d_monai.ops.boxes import clip_boxes
@@ -47,8 +48,7 @@ class MaskRCNN3d(nn.Module):
         mask_head: RoI features -> mask logits.
         semantic_head: features -> foreground and borders, in training only; or None.
         roi_matcher: assigns proposals to true boxes in training.
-        image_power: what intensities are raised to, sign kept; 0.5 lifts dim objects, and makes shot noise about as
-            strong in bright places as in dim ones (Anscombe 1948).
+        image_power: see `ImagePower`.
         mask_margin: share of a box's extent that is added on each side of it for its mask, where boxes cut off too
             much; detections have these boxes.
         mask_scoring: whether the score of a detection is multiplied by the mean probability of its mask's own cells, as
@@ -98,8 +98,7 @@ class MaskRCNN3d(nn.Module):
         max_detections: int = 2000,
     ) -> None:
         super().__init__()
-        if not image_power > 0:
-            raise ValueError(f"image_power is {image_power}; it must be more than 0")
+        self.image_power = ImagePower(image_power)
         self.backbone = backbone
         self.anchors = anchors
         self.rpn = rpn
@@ -109,7 +108,6 @@ class MaskRCNN3d(nn.Module):
         self.mask_head = mask_head
         self.semantic_head = semantic_head
         self.roi_matcher = roi_matcher
-        self.image_power = image_power
         self.mask_margin = mask_margin
         self.mask_scoring = mask_scoring
         self.num_roi_samples = num_roi_samples
@@ -127,7 +125,7 @@ class MaskRCNN3d(nn.Module):
     def extra_repr(self) -> str:
         """The settings of detection, for `repr`: no weight tells them."""
         names = "pre_nms_top_n post_nms_top_n proposal_nms_threshold min_objectness score_threshold"
-        names += " detection_nms_threshold max_detections image_power mask_margin mask_scoring"
+        names += " detection_nms_threshold max_detections mask_margin mask_scoring"
         return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
 
     def forward(
@@ -149,8 +147,7 @@ class MaskRCNN3d(nn.Module):
         Raises:
             ValueError: training mode without targets.
         """
-        if self.image_power != 1:
-            images = images.sign() * images.abs().pow(self.image_power)
+        images = self.image_power(images)
         features = self.backbone(images)
         anchors = self.anchors(features)
         objectness, deltas = self.rpn(features)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seg3d_monai.heads import DeformablePixelDecoder
 from seg3d_monai.heads.instance_masks import select_instances
+from seg3d_monai.layers import ImagePower
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,10 @@ class MaskTransformer3d(nn.Module):
         num_queries: queries of the decoder, the most instances of one image.
         has_no_object: whether the last class logit is "no object" (Mask2Former).
         score_threshold: least score of an instance in evaluation.
+        image_power: see `ImagePower`.
+
+    Raises:
+        ValueError: an `image_power` that is not above 0.
     """
 
     def __init__(
@@ -37,8 +42,10 @@ class MaskTransformer3d(nn.Module):
         num_queries: int,
         has_no_object: bool,
         score_threshold: float = 0.05,
+        image_power: float = 1.0,
     ) -> None:
         super().__init__()
+        self.image_power = ImagePower(image_power)
         self.backbone = backbone
         self.pixel_decoder = pixel_decoder
         self.decoder = decoder
@@ -71,7 +78,7 @@ class MaskTransformer3d(nn.Module):
         Raises:
             ValueError: training mode with denoising, without targets.
         """
-        decoded = self.pixel_decoder(self.backbone(images), valid_sizes)
+        decoded = self.pixel_decoder(self.backbone(self.image_power(images)), valid_sizes)
         outputs: dict[str, Any] = self.decoder(decoded, targets)
         if self.training:
             return outputs

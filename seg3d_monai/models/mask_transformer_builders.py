@@ -35,6 +35,7 @@ def maskdino3d(
     box_noise: float = 0.4,
     activation_checkpointing: bool = False,
     score_threshold: float = 0.05,
+    image_power: float = 1.0,
 ) -> MaskTransformer3d:
     """3D Mask DINO over any backbone.
 
@@ -54,6 +55,7 @@ def maskdino3d(
         max_denoising_queries, label_noise, box_noise: see `Denoising`.
         activation_checkpointing: recompute the pixel decoder's layers in the backward pass.
         score_threshold: least score of an instance in evaluation.
+        image_power: see `ImagePower`.
     """
     denoising = None
     if denoising_queries:
@@ -96,6 +98,7 @@ def maskdino3d(
         num_queries=num_queries,
         has_no_object=False,
         score_threshold=score_threshold,
+        image_power=image_power,
     )
 
 
@@ -117,6 +120,7 @@ def mask2former3d(
     query_source: Literal["learned", "selected"] = "learned",
     activation_checkpointing: bool = False,
     score_threshold: float = 0.05,
+    image_power: float = 1.0,
 ) -> MaskTransformer3d:
     """3D Mask2Former over any backbone.
 
@@ -152,6 +156,7 @@ def mask2former3d(
         num_queries=num_queries,
         has_no_object=True,
         score_threshold=score_threshold,
+        image_power=image_power,
     )
 
 

@@ -8,18 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.transforms import (
-    RandAdjustContrastd,
-    RandFlipd,
-    RandGaussianNoised,
-    RandScaleIntensityd,
-    RandShiftIntensityd,
-)
+from monai.data import MetaTensor, get_track_meta
+from monai.transforms import RandAdjustContrastd, RandFlipd, RandScaleIntensityd, RandShiftIntensityd
 
 from seg3d_monai.data.transforms import (
     RandBlurd,
     RandChannelDropd,
     RandCoarseZd,
+    RandNoised,
     RandTurnPlaned,
     RandWarpd,
     train_transforms,
@@ -164,20 +160,31 @@ def test_the_blur_along_z_is_half_of_that_in_the_plane() -> None:
 
 
 def test_the_same_seed_gives_the_same_bits_whatever_the_threads() -> None:
-    data = {"image": torch.rand(1, 10, 40, 40), "label": torch.randint(-1, 300, (1, 10, 40, 40), dtype=torch.int32)}
+    shape = (1, 20, 64, 60)
+    data = {"image": torch.rand(shape), "label": torch.randint(-1, 300, shape, dtype=torch.int32)}
     results = []
     threads = torch.get_num_threads()
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            transform = train_transforms(crop_size=(6, 24, 24), affine_prob=1.0, intensity_prob=1.0)
+            transform = train_transforms(crop_size=(16, 56, 52), affine_prob=1.0, intensity_prob=1.0)
             results.append(transform.set_random_state(seed=11)(data))
     finally:
         torch.set_num_threads(threads)
     for key in ("image", "label"):
         assert torch.equal(torch.as_tensor(results[0][key]), torch.as_tensor(results[1][key]))
-    other = train_transforms(crop_size=(6, 24, 24), affine_prob=1.0).set_random_state(seed=12)(data)
+    other = train_transforms(crop_size=(16, 56, 52), affine_prob=1.0).set_random_state(seed=12)(data)
     assert not torch.equal(torch.as_tensor(other["image"]), torch.as_tensor(results[0]["image"]))
+
+
+def test_plain_tensors_come_back_and_monais_metadata_are_tracked_as_before() -> None:
+    data = {**crop(), "image": MetaTensor(crop()["image"])}
+    result = train_transforms(crop_size=(6, 24, 24), flip_prob=(1, 1, 1)).set_random_state(seed=0)(data)
+    assert {type(result["image"]), type(result["label"])} == {torch.Tensor}
+    assert get_track_meta()
+    with pytest.raises(RuntimeError, match="RandWarpd"):
+        train_transforms(affine_prob=1.0)({**crop(), "label": torch.full_like(crop()["label"], 1 << 24)})
+    assert get_track_meta()
 
 
 def test_switches_leave_steps_out() -> None:
@@ -213,7 +220,7 @@ def test_each_step_has_its_own_probability() -> None:
         "gamma_prob": RandAdjustContrastd,
         "contrast_prob": RandScaleIntensityd,
         "shift_prob": RandShiftIntensityd,
-        "noise_prob": RandGaussianNoised,
+        "noise_prob": RandNoised,
         "coarse_z_prob": RandCoarseZd,
         "channel_drop_prob": RandChannelDropd,
         "turn_prob": RandTurnPlaned,

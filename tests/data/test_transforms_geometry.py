@@ -57,19 +57,24 @@ def affine_by_scipy(array: np.ndarray, matrix: np.ndarray, size: tuple[int, ...]
 
 
 @pytest.mark.parametrize("number", [0, 1, 60])
-@pytest.mark.parametrize("crop_size", [None, (7, 20, 18)])
-def test_an_affine_map_is_scipys_with_labels_of_order_0(number: int, crop_size: tuple[int, int, int] | None) -> None:
+@pytest.mark.parametrize("crop_size", [None, (6, 20, 18)])
+@pytest.mark.parametrize("keeps_planes", [False, True])
+def test_an_affine_map_is_scipys_with_labels_of_order_0(
+    number: int, crop_size: tuple[int, int, int] | None, keeps_planes: bool
+) -> None:
     label = cells(SHAPE, number)
     size = crop_size or SHAPE
     rng = np.random.default_rng(1)
     for _ in range(4):
         warp = Prescribed(crop_size=crop_size, affine_prob=1.0, elastic_prob=0.0)
         warp.matrix = np.eye(3) + rng.uniform(-0.25, 0.25, (3, 3))
+        if keeps_planes:
+            warp.matrix[0, 1:] = warp.matrix[1:, 0] = 0
         result = warp(sample(label))
         expected, is_tie = affine_by_scipy(label, warp.matrix, size, 0, -1)
         found = result["label"][0].numpy()
         assert found.dtype == np.int32
-        assert is_tie.mean() < 0.02
+        assert is_tie.mean() < 0.03
         assert np.array_equal(found[~is_tie], expected[~is_tie])
         assert set(np.unique(found)) <= {*np.unique(label), -1}
         image, _ = affine_by_scipy(label.astype(np.float64), warp.matrix, size, 1, 0)

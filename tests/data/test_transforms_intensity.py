@@ -1,11 +1,11 @@
-"""Blur against MONAI's, coarse planes and missing channels against hand-made numbers."""
+"""Blur against MONAI's, noise by its statistics, coarse planes and missing channels against hand-made numbers."""
 
 import numpy as np
 import pytest
 import torch
 from monai.transforms import GaussianSmooth
 
-from seg3d_monai.data.transforms import RandBlurd, RandChannelDropd, RandCoarseZd
+from seg3d_monai.data.transforms import RandBlurd, RandChannelDropd, RandCoarseZd, RandNoised
 from seg3d_monai.data.transforms_intensity import coarsening
 
 
@@ -30,6 +30,35 @@ def test_blur_is_drawn_for_each_axis_and_repeats_with_the_seed() -> None:
     assert not torch.allclose(first, other, atol=1e-3)
     assert first[7, 7, 8] != pytest.approx(first[7, 8, 7].item(), rel=1e-3)
     assert torch.equal(RandBlurd(prob=0.0)(data)["image"], data["image"])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 3, 9), (1, 2, 1, 40)])
+def test_a_blur_wider_than_the_crop_is_that_of_monai(shape: tuple[int, ...]) -> None:
+    image = torch.rand(shape)
+    wanted = GaussianSmooth(sigma=(1.5, 3.0, 3.0))(image)
+    assert torch.allclose(RandBlurd(prob=1.0, sigma_range=(3, 3))({"image": image})["image"], wanted, atol=1e-6)
+
+
+def test_noise_is_white_no_stronger_than_asked_and_repeats_with_the_seed() -> None:
+    image = torch.rand(2, 20, 30, 25)
+    data = {"image": image, "label": torch.ones(1, 20, 30, 25, dtype=torch.int32)}
+    noise = RandNoised(prob=1.0, std=0.4)
+    spreads = []
+    for seed in range(30):
+        result = noise.set_random_state(seed=seed)(data)
+        added = result["image"] - image
+        spread = float(added.std())
+        assert abs(float(added.mean())) < 5 * spread / added.numel() ** 0.5
+        one, other = added.flatten(1)
+        for first, second in ((one, other), (one[1:], one[:-1])):
+            assert abs(float((first * second).mean())) < 5 * spread**2 / len(first) ** 0.5
+        assert float((added.abs() < spread).float().mean()) == pytest.approx(0.6827, abs=0.015)
+        assert result["label"] is data["label"]
+        spreads.append(spread)
+    assert 0 < min(spreads) < 0.1
+    assert 0.3 < max(spreads) < 0.404
+    assert torch.equal(noise.set_random_state(seed=29)(data)["image"], result["image"])
+    assert RandNoised(prob=0.0)(data)["image"] is image
 
 
 def test_slabs_of_two_planes_are_averaged_and_interpolated() -> None:

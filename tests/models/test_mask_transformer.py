@@ -109,6 +109,19 @@ def test_instances_in_evaluation(kind):
 
 
 @kinds
+def test_intensities_are_raised_to_a_power(kind):
+    plain, raised = (make(kind, score_threshold=0.0, image_power=power).eval() for power in (1.0, 0.5))
+    image = torch.randn(1, 1, *SIZE)
+    root = torch.where(image < 0, -1.0, 1.0) * image.abs().sqrt()
+    found, expected = raised(image)[0], plain(root)[0]
+    assert len(found["boxes"]) > 5
+    for key in ("boxes", "scores", "classes"):
+        torch.testing.assert_close(found[key], expected[key])
+    with pytest.raises(ValueError, match="image_power is -1"):
+        make(kind, image_power=-1)
+
+
+@kinds
 def test_two_channels_and_autocast(kind, make_target):
     network = make(kind, in_channels=2)
     targets = [make_target(SIZE, grid_of_bricks(4))]
