@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seg3d_monai import __version__, cli_annotate, cli_data, cli_tune
+from seg3d_monai import __version__, cli_annotate, cli_data, cli_synth, cli_tune
 from seg3d_monai.cli_arguments import UsageError, bind, given, help_text, nearest, numbers
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
 from seg3d_monai.user_errors import one_line, user_error, wants_traceback
@@ -276,7 +276,8 @@ def evaluate(truth: str, prediction: str, *, json: str | None = None) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
-    "synth": cli_data.synth,
+    "synth": cli_synth.synth,
+    "match": cli_synth.match,
     "convert": cli_data.convert,
     "index": cli_data.index,
     "plan": cli_data.plan,

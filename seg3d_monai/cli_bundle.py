@@ -70,6 +70,10 @@ def overlay_files(folder: Path, overlay: str | None) -> list[str]:
     return [_existing(overlays, name.removesuffix(".json") + ".json", "overlay") for name in names]
 
 
+_JSON_WORDS = {"true": True, "false": False, "null": "$None"}
+"""MONAI takes an override of None for none."""
+
+
 def run_bundle(
     run_id: str, files: list[str], flags: Mapping[str, str], options: Mapping[str, Any] | None = None
 ) -> None:
@@ -136,9 +140,14 @@ def _first(key: str) -> str:
 
 
 def _parse(key: str, text: str, declared: Any) -> Any:
-    """The value that `python -m monai.bundle` would see, except that a folder called 2024 stays a folder."""
+    """The value that `python -m monai.bundle` would see, except that a folder called 2024 stays a folder.
+
+    And except for JSON's words, as they stand in the configuration itself: true is no text there.
+    """
     names_path = key.endswith(("_dir", "_file", "_path"))
     is_text = isinstance(declared, str) and not declared.startswith(("$", "@", "%"))
+    if text in _JSON_WORDS and not (names_path or is_text):
+        return _JSON_WORDS[text]
     value = DefaultParseValue(text)
     return text if isinstance(value, int | float) and (names_path or is_text) else value
 

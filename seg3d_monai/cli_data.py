@@ -1,59 +1,12 @@
-"""The commands `seg3d synth`, `index`, `plan` and `convert`: doors as those of cli.py, which lists them."""
+"""The commands `seg3d index`, `plan` and `convert`: doors as those of cli.py, which lists them."""
 
 import os
 import sys
-from pathlib import Path
 
 from seg3d_monai.cli_arguments import given, numbers
 from seg3d_monai.cli_bundle import find_bundle, overlay_files
 
 BUNDLES = ("maskrcnn3d", "maskdino3d", "mask2former3d")
-
-
-def synth(
-    out: str,
-    *,
-    seed: int | None = None,
-    spacing_um: list[float] | None = None,
-    train_volumes: int | None = None,
-    train_shape: list[int] | None = None,
-    val_volumes: int | None = None,
-    val_shape: list[int] | None = None,
-    test_volumes: int | None = None,
-    test_shape: list[int] | None = None,
-    unlabelled_volumes: int | None = None,
-    unlabelled_shape: list[int] | None = None,
-    annotated_fraction: float | None = None,
-    stream: bool = False,
-    channels: int | None = None,
-    num_classes: int | None = None,
-) -> None:
-    """Write a synthetic light-sheet specimen: training and validation volumes, unseen test stacks, their manifest.
-
-    An unfinished folder of the same specimen goes on, a finished one is reused.
-
-    Args:
-        out: Folder to write; made if missing.
-        seed: The same seed gives the same voxels.
-        spacing_um: Voxel size in micrometres, "[z,y,x]".
-        train_volumes: Number of annotated volumes for training.
-        train_shape: Voxels of each, "[z,y,x]".
-        val_volumes: Number of annotated volumes for validation.
-        val_shape: Voxels of each, "[z,y,x]".
-        test_volumes: Number of test stacks.
-        test_shape: Voxels of each, "[z,y,x]".
-        unlabelled_volumes: Number of volumes for training without labels.
-        unlabelled_shape: Voxels of each, "[z,y,x]".
-        annotated_fraction: Share of each training volume that is annotated, the rest is ignored; default 1.
-        stream: Make test stacks some planes at a time, of any depth and in bounded memory.
-        channels: 1 or 2.
-        num_classes: 1 or 2.
-    """
-    options = given(dict(locals()))
-    from seg3d_monai.data.synthetic import write_specimen
-
-    folder = Path(options.pop("out"))
-    print(f"manifest: {write_specimen(folder, report=print, **options)}")
 
 
 def index(

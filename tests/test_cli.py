@@ -294,6 +294,17 @@ def test_train_runs_the_bundle_with_overlays_and_overrides(toy_bundle: Path, tmp
     assert json.loads((tmp_path / "seen.json").read_text()) == {"data": "data", "epochs": 1, "depth": 7}
 
 
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("false", False), ("null", None), ("True", True)])
+def test_words_of_json_are_no_text_where_the_configuration_has_none(
+    toy_bundle: Path, tmp_path: Path, word: str, value: object
+) -> None:
+    assert cli.main(["train", str(toy_bundle), "--epochs", word, "--network#depth", word]) == 0
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert (seen["epochs"], seen["depth"]) == (value, value)
+    assert cli.main(["train", str(toy_bundle), "--dataset_dir", "null"]) == 0  # a folder may be called so
+    assert json.loads((tmp_path / "seen.json").read_text())["data"] == "null"
+
+
 def test_train_is_the_same_as_monai_bundle(toy_bundle: Path, tmp_path: Path) -> None:
     config = toy_bundle / "configs" / "train.json"
     words = ["monai.bundle", "run", "training", "--config_file", str(config), "--epochs", "4"]

@@ -57,6 +57,7 @@ def options_of(dataset, **changes):
         bundle="maskrcnn3d",
         overlays=(),
         tune=False,
+        curve_steps=None,
         stardist_python=None,
         is_quick=True,
         restart=False,
@@ -232,7 +233,7 @@ def test_ours_runs_the_commands_that_users_run(tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr(ours, "run_process", lambda words, **_: calls.append(words))
-    settings = {"bundle": "maskrcnn3d", "overlays": ["a", "b"], "tune": True, "manifest": "m.json"}
+    settings = {"bundle": "maskrcnn3d", "overlays": ["a", "b"], "tune": True, "manifest": "m.json", "curve_steps": None}
     request = replace(request_of(tmp_path, minutes=2.5, seed=7, train=["x", "y"], tune=["z"]), settings=settings)
     ours.train_and_tune(replace(request, is_quick=False), tmp_path / "log.txt")
     train, tune = calls
@@ -242,6 +243,7 @@ def test_ours_runs_the_commands_that_users_run(tmp_path, monkeypatch):
     assert (pairs["--dataset_dir"], pairs["--max_minutes"], pairs["--seed"]) == ("m.json", "2.5", "7")
     assert pairs["--index#val_specimens"] == "[]"
     assert pairs["--resume"] == "true"
+    assert not {name for name in pairs if "snapshot" in name or "keep" in name}
     assert tune[:4] == ["-m", "seg3d_monai", "tune", "maskrcnn3d"]
     pairs = dict(zip(tune[4::2], tune[5::2], strict=True))
     assert pairs["--tune_where"] == "name in ('z',)"
@@ -249,6 +251,11 @@ def test_ours_runs_the_commands_that_users_run(tmp_path, monkeypatch):
     calls.clear()
     assert ours.train_and_tune(replace(request, settings={**settings, "tune": False}), tmp_path / "log.txt") is None
     assert len(calls) == 1
+    ours.train_and_tune(replace(request, settings={**settings, "curve_steps": 50}), tmp_path / "log.txt")
+    pairs = dict(zip(calls[1][4::2], calls[1][5::2], strict=True))
+    assert pairs["--snapshot_steps"] == "50"
+    (keep,) = (name for name in pairs if name.endswith("#keep"))
+    assert int(pairs[keep]) > 1000
 
 
 def test_ours_goes_on_where_it_was_stopped_if_nothing_has_changed(dataset):
@@ -286,9 +293,10 @@ def row_of(contestant, seed, f1):
     return {"contestant": contestant, "seed": seed, "minutes": 40.0, "steps": 1200, "step_s": 2.0, **scores}
 
 
-def test_report_has_a_line_for_each_run_and_a_mean_over_seeds():
+def test_report_has_a_line_for_each_run_and_a_mean_over_seeds(tmp_path):
+    from peers.figure import draw
     from peers.race import summary
-    from peers.report import race_table, summary_table
+    from peers.report import curve_table, race_table, summary_table
 
     failed = {"contestant": "stardist", "seed": 0, "minutes": 40.0, "error": "killed"}
     otsu = row_of("otsu", None, 0.7) | {"minutes": None, "steps": None, "step_s": None}
@@ -301,6 +309,15 @@ def test_report_has_a_line_for_each_run_and_a_mean_over_seeds():
     ]
     assert lines[1].split() == ["stardist", "seed", "0", "40", "failed"]
     assert lines[3].split()[:2] == ["otsu", "0.700"]
+    states = [{**row_of("ours", 0, f1), "minutes": minutes, "steps": 50} for minutes, f1 in ((9.87, 0.6), (20.1, 0.7))]
+    lines = curve_table({**rows[0], "curve": states}).splitlines()
+    assert lines[0].startswith("ours, seed 0: minutes")
+    assert [line.split()[:3] for line in lines[2:]] == [["9.9", "50", "0.600"], ["20.1", "50", "0.700"]]
+    draw([{**rows[0], "curve": states}, *rows[1:]], tmp_path / "race.svg")
+    drawn = (tmp_path / "race.svg").read_text()
+    draw([{**rows[0], "curve": states}, *rows[1:]], tmp_path / "again.svg")
+    assert drawn == (tmp_path / "again.svg").read_text()
+    assert "F1@0.7" in drawn
     (mean,) = summary(rows)
     assert mean["contestant"] == "ours"
     assert mean["f1_50"]["mean"] == pytest.approx(0.85)
@@ -315,6 +332,8 @@ def test_report_has_a_line_for_each_run_and_a_mean_over_seeds():
         (["--minutes", "0"], "--minutes is 0; it must be more than 0"),
         (["--threads", "0"], "--threads is 0"),
         (["--threads", "5000"], "--threads is 5000, but there are"),
+        (["--curve_steps", "0"], "--curve_steps is 0"),
+        (["--figure", "nowhere/race.svg"], "its folder does not exist"),
         (["--seeds", "1", "1"], "--seeds 1 1: give different numbers"),
         (["--dataset_dir", "nowhere"], "--dataset_dir nowhere does not exist"),
         (["--only", "stardist", "--stardist_python", "nowhere"], "--stardist_python nowhere is no file"),

@@ -51,21 +51,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--overlays", metavar="NAME", nargs="+", default=[], help="of our training, names or files")
     parser.add_argument("--no_tune", action="store_true", help="ours keeps the thresholds of its bundle and overlays")
     parser.add_argument(
+        "--curve_steps", metavar="N", type=int, help="ours is judged every N steps, too, after its end; default not"
+    )
+    parser.add_argument(
         "--stardist_python", metavar="FILE", type=Path, help="interpreter of an environment that has it"
     )
     parser.add_argument(
         "--folder", metavar="DIR", type=Path, help="keeps volumes, runs and finished results; default a temporary one"
     )
+    parser.add_argument("--figure", metavar="FILE", type=Path, help="picture of the scores to write, such as race.svg")
     parser.add_argument("--restart", action="store_true", help="race anew what --folder holds results of")
     arguments = parser.parse_args()
     if arguments.minutes is None:
         arguments.minutes = QUICK_MINUTES if arguments.quick else MINUTES
     if not arguments.minutes > 0:
         refuse(SCRIPT, f"--minutes is {arguments.minutes:g}; it must be more than 0")
+    if arguments.curve_steps is not None and arguments.curve_steps < 1:
+        refuse(SCRIPT, f"--curve_steps is {arguments.curve_steps}; it must be at least 1")
     if arguments.threads < 1:
         refuse(SCRIPT, f"--threads is {arguments.threads}; it must be at least 1")
     if min(arguments.seeds) < 0 or len(set(arguments.seeds)) < len(arguments.seeds):
         refuse(SCRIPT, f"--seeds {' '.join(map(str, arguments.seeds))}: give different numbers from 0")
+    if arguments.figure is not None and not arguments.figure.absolute().parent.is_dir():
+        refuse(SCRIPT, f"--figure {arguments.figure}: its folder does not exist; make it first")
     if arguments.dataset_dir is not None and not arguments.dataset_dir.exists():
         refuse(SCRIPT, f"--dataset_dir {arguments.dataset_dir} does not exist")
     return arguments
@@ -110,6 +118,10 @@ def main() -> int:
             refuse(SCRIPT, str(error))
     if not result["contestants"]:
         refuse(SCRIPT, "no contestant is left; choose another with --only")
+    if arguments.figure is not None:
+        from peers import figure
+
+        figure.draw(result["contestants"], arguments.figure)
     print(report.text(result))
     return int(any("error" in row for row in result["contestants"]))
 
@@ -129,6 +141,7 @@ def options_of(arguments: argparse.Namespace, temporary: Path) -> Options:
         bundle=arguments.bundle,
         overlays=tuple(str(Path(name).absolute()) if Path(name).is_file() else name for name in arguments.overlays),
         tune=not arguments.no_tune,
+        curve_steps=arguments.curve_steps,
         stardist_python=arguments.stardist_python,
         is_quick=arguments.quick,
         restart=arguments.restart,

@@ -102,19 +102,20 @@ def read_volume(folder: Path, name: str) -> RaceVolume:
         return RaceVolume(name=name, image=arrays["image"], labels=arrays["labels"], spacing_um=(z, y, x))
 
 
-def predict_all(request: Request, predict: Predict) -> list[dict[str, Any]]:
-    """Predict the validation volumes, keep the labels as labels/NAME.npy, and say how long each took.
+def predict_all(request: Request, predict: Predict, place: str = "labels") -> list[dict[str, Any]]:
+    """Predict the validation volumes, keep the labels as PLACE/NAME.npy, and say how long each took.
 
     The first volume is predicted once before: caches, threads and compiled kernels are warm for all.
 
     Args:
         request: what to predict, and where to answer.
         predict: raw image [Z, Y, X] and voxel size -> labels [Z, Y, X], 0 background.
+        place: folder for the labels, in that of the request.
 
     Returns:
         For each volume its name, voxels, and seconds from raw voxels to labels.
     """
-    folder = Path(request.folder) / "labels"
+    folder = Path(request.folder) / place
     folder.mkdir(exist_ok=True)
     rows = []
     for position, name in enumerate(request.val):

@@ -25,6 +25,7 @@ class Options:
         bundle: ours.
         overlays: of its training, names or files.
         tune: whether `seg3d tune` is run.
+        curve_steps: steps between states of our training that are judged, too, afterwards; None judges the end alone.
         stardist_python: interpreter that has StarDist; None for the environment that the race makes.
         is_quick: toy sizes, whose numbers mean nothing.
         restart: whether finished results are thrown away.
@@ -42,6 +43,7 @@ class Options:
     bundle: str
     overlays: tuple[str, ...]
     tune: bool
+    curve_steps: int | None
     stardist_python: Path | None
     is_quick: bool
     restart: bool

@@ -18,12 +18,12 @@ from peers.processes import run as run_process
 from seg3d_monai.cli_bundle import find_bundle, overlay_files
 from seg3d_monai.data import ArrayVolume
 from seg3d_monai.engine import load_weights
-from seg3d_monai.engine.checkpoint import read_last
+from seg3d_monai.engine.checkpoint import read_checkpoint, read_last
 from seg3d_monai.inference import predict_labels
 
 # The manifest has the splits; an overlay of the data may ask for them again.
 OWN_SPLITS: dict[str, Any] = {"index#val_specimens": [], "index#test_specimens": []}
-NO_VALIDATION = 10**6
+NO_VALIDATION = MANY = 10**6
 """Epochs between validations: there is one, when the minutes are over."""
 QUICK: dict[str, Any] = {
     "crop_size": [16, 32, 40],
@@ -47,6 +47,8 @@ def train_and_tune(request: Request, log: Path) -> float | None:
         common += ["--overlay", ",".join(settings["overlays"])]
     common += flags(changes(request))
     trained = {"max_minutes": request.minutes, "val_interval": NO_VALIDATION, "seed": request.seed, "resume": True}
+    if settings["curve_steps"]:
+        trained |= {"snapshot_steps": settings["curve_steps"], keep_of_snapshots(settings["bundle"]): MANY}
     run_process(["-m", "seg3d_monai", "train", *common, *flags(trained)], threads=request.threads, log=log)
     if not settings["tune"]:
         return None
@@ -77,6 +79,13 @@ def flags(keys: dict[str, Any]) -> list[str]:
         for key, value in keys.items()
         for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
     ]
+
+
+def keep_of_snapshots(bundle: str) -> str:
+    """The key that says how many snapshots a training keeps."""
+    train = json.loads((find_bundle(bundle) / "configs" / "train.json").read_text(encoding="utf-8"))
+    kinds = [handler["_target_"].rpartition(".")[2] for handler in train["train"]["handlers"]]
+    return f"train#handlers#{kinds.index('Checkpoints')}#keep"
 
 
 def tuned_file(request: Request) -> Path:
@@ -127,11 +136,19 @@ def predict(request: Request) -> dict[str, Any]:
         return predict_labels(ArrayVolume(image, spacing_um), predictor, block_size, halo)[0]
 
     tuned = json.loads(tuned_file(request).read_text(encoding="utf-8")) if request.settings["tune"] else {}
+    predicted = predict_all(request, labels)
+    curve = []
+    for state in sorted(run.glob("step_*.pt")):
+        load_weights(network, state)
+        predict_all(request, labels, state.stem)
+        minutes = read_checkpoint(state)["elapsed"] / 60
+        curve.append({"steps": int(state.stem.removeprefix("step_")), "minutes": minutes, "labels": state.stem})
     shown = ("crop_size", "batch_size", "learning_rate", "score_threshold", "mask_threshold", "min_voxels", "amp")
     return {
         **trained_steps(run),
         "tuned": tuned,
-        "predicted": predict_all(request, labels),
+        "predicted": predicted,
+        **({"curve": curve} if curve else {}),
         "settings": {
             **{key: parser[key] for key in shown if key in parser},
             "parameters": sum(parameter.numel() for parameter in network.parameters()),

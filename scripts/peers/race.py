@@ -103,7 +103,7 @@ def request_for(options: Options, division: Division, name: str, seed: int) -> R
     if name == "ours":
         manifest = str(options.folder / "manifest.json")
         settings = {"bundle": options.bundle, "overlays": list(options.overlays), "tune": options.tune}
-        settings |= {"manifest": manifest}
+        settings |= {"manifest": manifest, "curve_steps": options.curve_steps}
     request = Request(
         folder=str(folder),
         volumes=str(options.folder / "volumes"),
@@ -139,15 +139,19 @@ def result_of(request: Request, name: str, stardist: Path | None) -> Row:
     answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     speeds = [one["voxels"] / one["seconds"] / 1e6 for one in answer["predicted"]]
     row |= {**answer, **tuning, **judged(request), "mvoxel_per_s": statistics.median(speeds)}
+    if "curve" in answer:
+        states = [(state, Path(request.folder) / state.pop("labels")) for state in answer["curve"]]
+        row["curve"] = [{**state, **judged(request, labels)} for state, labels in states]
     return row | {"whole_s": time.perf_counter() - begun}
 
 
-def judged(request: Request) -> Row:
-    """The scores of the labels that a contestant left, by the package's metrics."""
+def judged(request: Request, labels: Path | None = None) -> Row:
+    """The scores of the labels that a contestant left, or of others in a folder, by the package's metrics."""
+    labels = Path(request.folder) / "labels" if labels is None else labels
     metrics = InstanceMetrics()
     for name in request.val:
         truth = read_volume(Path(request.volumes), name).labels
-        metrics.update(truth, np.load(Path(request.folder) / "labels" / f"{name}.npy"))
+        metrics.update(truth, np.load(labels / f"{name}.npy"))
     found = metrics.compute()
     at_half = found["thresholds"]["0.5"]
     return {

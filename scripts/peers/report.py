@@ -14,6 +14,7 @@ def text(result: dict[str, Any]) -> str:
     # The operators' report without any of its sections is the head that all have.
     head = report.text({**result, **{section: [] for section in report.SECTIONS}})
     parts = [head, "", data_line(result["data"]), "", race_table(result["contestants"])]
+    parts += [part for row in result["contestants"] if row.get("curve") for part in ("", curve_table(row))]
     if result["summary"]:
         parts += ["", summary_table(result["summary"])]
     lines = [f"{row['contestant']}: {listed(row['versions'])}" for row in result["contestants"] if row.get("versions")]
@@ -46,6 +47,15 @@ def race_table(rows: Sequence[Row]) -> str:
         lines.append([*start, *scores, counts, f"{row['mvoxel_per_s']:.2f}", ""])
     head = ["contestant", "", "minutes", "steps", "s / step", *_score_heads(), "TP / FP / FN", "Mvoxel/s", ""]
     return report.table(lines, head)
+
+
+def curve_table(row: Row) -> str:
+    """A line for each state of a training that was judged, with the thresholds of its end."""
+    lines = [
+        [f"{state['minutes']:.1f}", f"{state['steps']:,}", *(f"{state[name]:.3f}" for name in SCORES), ""]
+        for state in row["curve"]
+    ]
+    return report.table(lines, [f"{row['contestant']}, seed {row['seed']}: minutes", "steps", *_score_heads(), ""])
 
 
 def summary_table(rows: Sequence[Row]) -> str:

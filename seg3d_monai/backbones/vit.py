@@ -8,6 +8,7 @@ that nothing reads, whose gradient never comes, the latter's fast path keeps the
 from collections.abc import Mapping, Sequence
 from math import gcd
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -118,26 +119,37 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """[N, in_channels, D, H, W] -> {"c1": [N, channels / 4, ceil(D/s1z), ...], ..., "c4": ...}, finest first."""
-        x = self.patches(images)
-        size = x.shape[2:]
-        # Waves shorter than two patches would only alias.
-        patch = self.strides["c3"]
-        positions = sine_positions(
-            level_centres(size, patch, x.device), x.shape[1], min_wavelength=2.0 * max(patch), max_wavelength=1024.0
-        )
-        tokens = x.flatten(2).transpose(1, 2) + positions.to(x.dtype)
-        for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
-        x = self.norm(tokens).transpose(1, 2).unflatten(2, size)
+        tokens, size = self.tokens(images)
+        x = self.encode(tokens).transpose(1, 2).unflatten(2, size)
         features = {}
         for level, stride in self.strides.items():
             depth, height, width = (-(-n // s) for n, s in zip(images.shape[2:], stride, strict=True))
             # The last patch may reach beyond the image, and finer cells that lie wholly outside of it are no cells.
             features[level] = self.pyramid[level](x)[:, :, :depth, :height, :width]
         return features
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """[N, in_channels, D, H, W] -> tokens of all patches, places added, [N, L, channels]; (z, y, x) patches."""
+        x = self.patches(images)
+        size = tuple(x.shape[2:])
+        return x.flatten(2).transpose(1, 2) + self.positions(size, x.shape[1], x.device).to(x.dtype), size
+
+    def positions(self, size: Sequence[int], channels: int, device: torch.device) -> Tensor:
+        """Codes of the places of (z, y, x) patches, [L, channels]."""
+        # Waves shorter than two patches would only alias.
+        patch = self.strides["c3"]
+        centres = level_centres(size, patch, device)
+        return sine_positions(centres, channels, min_wavelength=2.0 * max(patch), max_wavelength=1024.0)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Any of an image's tokens [N, l, channels] -> the same after all blocks."""
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
+        encoded: Tensor = self.norm(tokens)
+        return encoded
 
     def layers_by_depth(self) -> list[list[nn.Module]]:
         """Modules from the image up: the patches, then each block; the pyramid and its norm lie beyond them."""

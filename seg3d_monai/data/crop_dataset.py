@@ -75,6 +75,8 @@ class CropDataset(Dataset[CropSample]):
         min_voxels: visible voxels below which a cut instance becomes ignore; the index's by default.
         min_visible: visible fraction below which a cut instance becomes ignore, 0 to 1.
         min_object_voxels: whole voxels below which an instance becomes ignore, such as debris; the index's by default.
+        images_only: whether volumes without labels are drawn from, too, and labels of the others are not read: for
+            pre-training. All voxels are then ignore, no crop has an instance, and all draws are by position.
         cache_bytes: bytes of decoded chunks that a process keeps; None keeps 1 GiB. A loader's worker then keeps 128
             MiB, or its share of 1 GiB if all volumes fit into that (at 2 bytes a voxel).
 
@@ -100,6 +102,7 @@ class CropDataset(Dataset[CropSample]):
         min_voxels: int | None = None,
         min_visible: float = 0.1,
         min_object_voxels: int | None = None,
+        images_only: bool = False,
         cache_bytes: int | None = None,
     ) -> None:
         size = tuple(int(n) for n in (index.crop_size if crop_size is None else crop_size))
@@ -128,10 +131,12 @@ class CropDataset(Dataset[CropSample]):
             crop_size=size,
             where=where,
             split=split,
-            foreground_prob=foreground_prob,
+            foreground_prob=0.0 if images_only else foreground_prob,
             balance=balance,
             target_spacing_um=self.target_spacing_um,
+            labelled=None if images_only else True,
         )
+        self._images_only = bool(images_only)
         if cache_bytes is not None and cache_bytes < 0:
             raise ValueError(f"cache_bytes={cache_bytes} is negative; use 0 for no cache")
         self._cache_bytes = None if cache_bytes is None else int(cache_bytes)
@@ -219,10 +224,7 @@ class CropDataset(Dataset[CropSample]):
         roi = source_roi(region, draw.step, volume.shape[1:])
         cache = self._own_cache()
         image = cache.read(("image", volume.id), lambda: self.index.open_image(volume), roi)
-        label = cache.read(("label", volume.id), lambda: self.index.open_label(volume), roi)
-        if volume.ignore is not None:
-            mask = cache.read(("ignore", volume.id), lambda: self._open_ignore(volume), roi)
-            label[mask != 0] = np.iinfo(label.dtype).max
+        label = self._read_label(volume, roi, image.shape[1:])
         if draw.is_resampled:
             # As in a prediction, before the intensity is normalised, which clips.
             is_narrow = image.dtype.itemsize <= 2 or image.dtype == np.float32
@@ -230,6 +232,16 @@ class CropDataset(Dataset[CropSample]):
             image = resample_image(block, roi, region, draw.step).numpy()
             label = resample_labels(label, roi, region, draw.step)
         return image, label
+
+    def _read_label(self, volume: VolumeRecord, roi: Roi, extent: Sequence[int]) -> np.ndarray:
+        if self._images_only:
+            return np.full((1, *extent), np.iinfo(np.uint16).max, np.uint16)
+        cache = self._own_cache()
+        label = cache.read(("label", volume.id), lambda: self.index.open_label(volume), roi)
+        if volume.ignore is not None:
+            mask = cache.read(("ignore", volume.id), lambda: self._open_ignore(volume), roi)
+            label[mask != 0] = np.iinfo(label.dtype).max
+        return label
 
     def _open_ignore(self, volume: VolumeRecord) -> Volume:
         mask = self.index.open_ignore(volume)

@@ -57,6 +57,7 @@ def build_index(
     *,
     num_workers: int = 1,
     skip_bad: bool = False,
+    needs_labels: bool = True,
     progress: bool = True,
 ) -> CropIndex:
     """Build the crop index of a manifest, or reuse the file if it was built from exactly the same things.
@@ -71,6 +72,7 @@ def build_index(
         num_workers: processes that scan, at most; with 1, or little to do, it is this one. Others import the script
             that calls, which needs the usual ``if __name__ == "__main__":``.
         skip_bad: whether label chunks that cannot be decoded are left out, as ignore, instead of ending the build.
+        needs_labels: whether a manifest without any label is refused; a pre-training needs none.
         progress: whether to show a progress bar.
 
     Returns:
@@ -87,7 +89,7 @@ def build_index(
     if not isinstance(manifest, Manifest):
         manifest = read_manifest(manifest)
     rows = select_rows(manifest.rows, config.where)
-    if all(row.label is None for row in rows):
+    if needs_labels and all(row.label is None for row in rows):
         raise ValueError("no row of the manifest has a label volume; fill the column 'label'")
     _check_attributes(rows)
 

@@ -72,6 +72,7 @@ class CropSampler:
         balance: what is equally likely: each volume, each specimen (then each of its volumes), each crop, or each
             instance (volumes without any are then drawn as if they held one).
         target_spacing_um: (z, y, x) micrometres per voxel of the crops; None for that of each volume.
+        labelled: only volumes with labels, only those without, or, with None, both.
 
     Raises:
         ValueError: for arguments out of range, when no crop matches, and as `steps_to`.
@@ -87,12 +88,13 @@ class CropSampler:
         foreground_prob: float = 0.9,
         balance: Balance = "volume",
         target_spacing_um: Sequence[float] | None = None,
+        labelled: bool | None = True,
     ) -> None:
         if not 0.0 <= foreground_prob <= 1.0:
             raise ValueError(f"foreground_prob={foreground_prob} is not a probability; use a number from 0 to 1")
         if balance not in get_args(Balance):
             raise ValueError(f"balance={balance!r} is unknown; use one of {', '.join(get_args(Balance))}")
-        self.volumes, self._selection = index.select(where=where, split=split)
+        self.volumes, self._selection = index.select(where=where, split=split, labelled=labelled)
         if len(self._selection) == 0:
             raise ValueError(
                 f"no crop of {index.path.name} matches where={where!r} and split={split!r}; "

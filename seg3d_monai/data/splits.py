@@ -4,6 +4,7 @@ Must not know: SQLite, torch.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ def index_for(
     seed: int = 0,
     num_workers: int = 1,
     skip_bad: bool = False,
+    needs_labels: bool = True,
     progress: bool = True,
 ) -> CropIndex:
     """Read a manifest, split it by specimen unless it brings a split, and build or reuse its index.
@@ -58,6 +60,7 @@ def index_for(
         seed: of that draw.
         num_workers: as for `build_index`.
         skip_bad: as for `build_index`.
+        needs_labels: as for `build_index`; without, volumes for validation are drawn among all of them.
         progress: whether to show a progress bar.
 
     Returns:
@@ -84,9 +87,12 @@ def index_for(
         test_specimens=test_specimens,
         val_fraction=val_fraction,
         seed=seed,
+        needs_labels=needs_labels,
     )
     manifest = replace(manifest, rows=rows)
-    return build_index(manifest, db, config, num_workers=num_workers, skip_bad=skip_bad, progress=progress)
+    return build_index(
+        manifest, db, config, num_workers=num_workers, skip_bad=skip_bad, needs_labels=needs_labels, progress=progress
+    )
 
 
 def split_by_specimen(
@@ -97,6 +103,7 @@ def split_by_specimen(
     test_specimens: Sequence[str] = (),
     val_fraction: float = 0.0,
     seed: int = 0,
+    needs_labels: bool = True,
 ) -> tuple[ManifestRow, ...]:
     """Give every row a split, whole specimens at a time, unless the rows bring one; arguments as for `index_for`.
 
@@ -126,7 +133,10 @@ def split_by_specimen(
     if both:
         raise ValueError(f"{split_by}s {', '.join(both)} are in val_specimens and test_specimens; keep each in one")
     if val_fraction and not chosen:
-        chosen = _draw(rows, groups, kept_back, val_fraction, seed)
+        drawn = [not needs_labels or row.label is not None for row in rows]
+        chosen = _draw(
+            [group for group, is_drawn in zip(groups, drawn, strict=True) if is_drawn], kept_back, val_fraction, seed
+        )
     split = tuple(
         replace(row, split="val" if group in chosen else "test" if group in kept_back else "train")
         for row, group in zip(rows, groups, strict=True)
@@ -137,14 +147,9 @@ def split_by_specimen(
     return split
 
 
-def _draw(
-    rows: Sequence[ManifestRow], groups: Sequence[str], kept_back: set[str], val_fraction: float, seed: int
-) -> set[str]:
-    """Values of the column for validation, until they hold the fraction of labelled volumes."""
-    counts: dict[str, int] = {}
-    for row, group in zip(rows, groups, strict=True):
-        if row.label is not None and group not in kept_back:
-            counts[group] = counts.get(group, 0) + 1
+def _draw(groups: Sequence[str], kept_back: set[str], val_fraction: float, seed: int) -> set[str]:
+    """Values of the column for validation, until they hold the fraction of the volumes, whose values are `groups`."""
+    counts = Counter(group for group in groups if group not in kept_back)
     rest = sorted(counts)
     if len(rest) < 2:
         raise ValueError(f"val_fraction={val_fraction} needs two specimens or more; there is {', '.join(rest)}")

@@ -1,8 +1,8 @@
 """A synthetic light-sheet specimen on disk: a folder that trains and tests a detector.
 
-Volumes are made by `synthetic_volume` or, large ones, by `synthetic_slabs`, and go through the writers that serve any
-data: OME-TIFF, the conversion to OME-Zarr, and the manifest with its checks. So synthetic, unlabelled and annotated
-volumes are rows of one kind. Everything is a function of the seed.
+Volumes are made by a `Maker` and go through the writers that serve any data: OME-TIFF, the conversion to OME-Zarr, and
+the manifest with its checks. So synthetic, unlabelled and annotated volumes are rows of one kind. Everything is a
+function of the seed.
 
 It must not know models, training or metrics.
 """
@@ -13,18 +13,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from seg3d_monai.data.convert import convert_volume
 from seg3d_monai.data.manifest import KNOWN_COLUMNS, SPACING_COLUMNS, read_manifest
 from seg3d_monai.data.manifest_tables import Cell, write_table
+from seg3d_monai.data.synthesis import read_recipe
 from seg3d_monai.data.synthetic_imaging import ImagingModel
+from seg3d_monai.data.synthetic_makers import Maker, Microscope, Scenes, middle_of
 from seg3d_monai.data.synthetic_nuclei import NucleiModel
-from seg3d_monai.data.synthetic_slabs import SlabStack
 from seg3d_monai.data.synthetic_volume import (
     check_kinds,
     checked_shape,
@@ -38,7 +38,16 @@ from seg3d_monai.data.volume import ArrayVolume, Spacing
 __all__ = ["ImagingModel", "NucleiModel", "make_volume", "make_volume_with_classes", "write_specimen"]
 
 SPECIMEN_VERSION = 1
-_LATER = {"unlabelled_volumes": 0, "unlabelled_shape": None, "annotated_fraction": 1.0, "stream": False}
+SPACING_UM: Spacing = (2.0, 0.8, 0.8)
+_LATER = {
+    "unlabelled_volumes": 0,
+    "unlabelled_shape": None,
+    "annotated_fraction": 1.0,
+    "stream": False,
+    "recipe": None,
+    "nuclei": None,
+    "imaging": None,
+}
 """What specimens were made with before they said so."""
 
 Array = np.ndarray
@@ -69,7 +78,8 @@ def write_specimen(
     out: str | os.PathLike[str],
     *,
     seed: int = 0,
-    spacing_um: Sequence[float] = (2.0, 0.8, 0.8),
+    recipe: str | os.PathLike[str] | None = None,
+    spacing_um: Sequence[float] | None = None,
     train_volumes: int = 4,
     train_shape: Sequence[int] = (48, 128, 128),
     val_volumes: int = 1,
@@ -97,7 +107,9 @@ def write_specimen(
     Args:
         out: folder; created where needed; must be empty or hold the same specimen.
         seed: integer >= 0.
-        spacing_um: voxel size (z, y, x).
+        recipe: name of a preset, or JSON file, of the scenes of all volumes (`synthesis`); None for the built-in
+            microscope, which `nuclei` and `imaging` change.
+        spacing_um: voxel size (z, y, x); None is `SPACING_UM`, or what the recipe draws.
         train_volumes: how many volumes for training, >= 0.
         train_shape: their shape in voxels (z, y, x).
         val_volumes: how many volumes for validation, >= 0.
@@ -122,8 +134,6 @@ def write_specimen(
         ValueError: an argument is out of its range, or `out` holds something else.
     """
     folder = Path(out)
-    z, y, x = checked_spacing(spacing_um).tolist()
-    spacing: Spacing = (z, y, x)
     counts = {"train": train_volumes, "val": val_volumes, "test": test_volumes, "unlabelled": unlabelled_volumes}
     for kind, value in counts.items():
         if int(value) != value or value < 0:
@@ -139,55 +149,71 @@ def write_specimen(
     check_kinds(channels, num_classes)
     if not 0 < annotated_fraction <= 1:
         raise ValueError(f"annotated_fraction must be above 0 and at most 1, got {annotated_fraction}")
-    nuclei, imaging = nuclei or NucleiModel(), imaging or ImagingModel()
+    maker = _maker(recipe, spacing_um, channels, num_classes, nuclei, imaging)
     parameters = {
         "kind": "seg3d_monai synthetic specimen",
         "version": SPECIMEN_VERSION,
         "seed": int(seed),
-        "spacing_um": list(spacing),
         **{f"{kind}_volumes": int(value) for kind, value in counts.items()},
         **{f"{kind}_shape": list(shape) for kind, shape in shapes.items() if kind != "unlabelled" or counts[kind]},
         "annotated_fraction": float(annotated_fraction),
         "stream": bool(stream),
         "channels": int(channels),
         "num_classes": int(num_classes),
-        "nuclei": asdict(nuclei),
-        "imaging": asdict(imaging),
+        **maker.described(),
     }
     _claim(folder, parameters)
 
-    looks = {
-        "spacing_um": spacing,
-        "channels": channels,
-        "num_classes": num_classes,
-        "nuclei": nuclei,
-        "imaging": imaging,
-    }
     rows: list[dict[str, Cell]] = []
-    for order in _orders(counts, shapes, int(seed), spacing[0]):
+    for order in _orders(counts, shapes, int(seed), maker):
         place = folder / order.name
         if not place.is_dir():
             if report is not None:
                 report(f"{order.name}: {' x '.join(map(str, order.shape))} voxels")
             if order.kind == "test" and stream:
-                _write_stack(place, order, looks)
+                _write_stack(place, order, maker, num_classes)
             else:
-                _write_volume(place, order, looks, annotated_fraction if order.kind == "train" else 1.0)
-        rows.append(_manifest_row(place, order, spacing, num_classes))
+                _write_volume(place, order, maker, num_classes, annotated_fraction if order.kind == "train" else 1.0)
+        rows.append(_manifest_row(place, order, maker.spacing_um(order.seed), num_classes))
     manifest = folder / "manifest.csv"
     if not manifest.is_file():  # a finished one is the user's: it may have more rows, or lie where nobody can write
         _write_manifest(manifest, rows)
     return manifest
 
 
-def _orders(
-    counts: dict[str, int], shapes: dict[str, tuple[int, int, int]], seed: int, spacing_z_um: float
-) -> list[_Order]:
+def _maker(
+    recipe: str | os.PathLike[str] | None,
+    spacing_um: Sequence[float] | None,
+    channels: int,
+    num_classes: int,
+    nuclei: NucleiModel | None,
+    imaging: ImagingModel | None,
+) -> Maker:
+    """What was asked for, checked; see `write_specimen`."""
+    spacing: Spacing | None = None
+    if spacing_um is not None:
+        z, y, x = checked_spacing(spacing_um).tolist()
+        spacing = (z, y, x)
+    if recipe is None:
+        return Microscope(
+            spacing or SPACING_UM, channels, num_classes, nuclei or NucleiModel(), imaging or ImagingModel()
+        )
+    if nuclei is not None or imaging is not None:
+        raise ValueError("nuclei and imaging are of the built-in microscope; a recipe has its own numbers for them")
+    if num_classes != 1:
+        raise ValueError(f"num_classes is {num_classes}; the objects of a recipe are of one class")
+    if spacing is not None and spacing[1] != spacing[2]:
+        raise ValueError(f"spacing_um is {list(spacing)}; the voxels of a recipe are as long along y as along x")
+    return Scenes(read_recipe(recipe), spacing, channels)
+
+
+def _orders(counts: dict[str, int], shapes: dict[str, tuple[int, int, int]], seed: int, maker: Maker) -> list[_Order]:
     orders: list[_Order] = []
     for kind, count in counts.items():
         shape = shapes[kind]
-        spare = max(0.0, (shapes["test"][0] - shape[0]) * spacing_z_um)
         for number in range(count):
+            own_seed = (seed, len(orders) + 1)
+            spare = max(0.0, (shapes["test"][0] - shape[0]) * maker.spacing_um(own_seed)[0])
             orders.append(
                 _Order(
                     name=f"{kind}_{number}",
@@ -196,7 +222,7 @@ def _orders(
                     shape=shape,
                     # One volume lies in the middle, several reach from the top to the bottom.
                     depth_um=spare * (number / (count - 1) if count > 1 else 0.5),
-                    seed=(seed, len(orders) + 1),
+                    seed=own_seed,
                 )
             )
     return orders
@@ -239,14 +265,14 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _write_volume(place: Path, order: _Order, looks: dict[str, Any], annotated_fraction: float) -> None:
+def _write_volume(place: Path, order: _Order, maker: Maker, num_classes: int, annotated_fraction: float) -> None:
     """Write a volume's folder under another name and rename it when it is whole."""
-    image, labels, classes = make_volume_with_classes(order.shape, seed=order.seed, depth_um=order.depth_um, **looks)
+    image, labels, classes = maker.volume(order.shape, order.seed, order.depth_um)
     facts = {"quality_image": _contrast_to_noise(image if image.ndim == 3 else image[0], labels)}
     if annotated_fraction < 1:
         labels, kept = annotate_partly(labels, annotated_fraction, np.random.default_rng((*order.seed, 1)))
         classes = classes[kept - 1]
-    spacing = looks["spacing_um"]
+    spacing = maker.spacing_um(order.seed)
     partial = _partial(place)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -258,22 +284,22 @@ def _write_volume(place: Path, order: _Order, looks: dict[str, Any], annotated_f
             write_ome_tiff(partial / "image.tif", image, spacing)
             if order.kind != "unlabelled":
                 write_ome_tiff(partial / "labels.tif", labels, spacing, compressed=True)
-        _write_facts(partial, facts, None if order.kind == "unlabelled" else classes, looks["num_classes"])
+        _write_facts(partial, facts, None if order.kind == "unlabelled" else classes, num_classes)
         _put_in_place(partial, place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_stack(place: Path, order: _Order, looks: dict[str, Any]) -> None:
-    """Write a stack's folder some planes at a time; what an interrupted run has written stays and is gone on with."""
-    stack = SlabStack(order.shape, seed=order.seed, depth_um=order.depth_um, **looks)
+def _write_stack(place: Path, order: _Order, maker: Maker, num_classes: int) -> None:
+    """Write a stack's folder a part at a time; what an interrupted run has written stays and is gone on with."""
+    image, labels, classes = maker.stack(order.shape, order.seed, order.depth_um)
     partial = place.with_name(f".partial-{place.name}")
     partial.mkdir(exist_ok=True)
-    convert_volume(stack.image, partial / "image.zarr")
-    convert_volume(stack.labels, partial / "labels.zarr", labels=True)
-    middle = stack.num_slabs // 2
-    quality = _contrast_to_noise(stack.make_image(middle)[0], stack.make_labels(middle)[0])
-    _write_facts(partial, {"quality_image": quality}, stack.classes, looks["num_classes"])
+    convert_volume(image, partial / "image.zarr")
+    convert_volume(labels, partial / "labels.zarr", labels=True)
+    middle = middle_of(image)
+    quality = _contrast_to_noise(image.read(middle)[0], labels.read(middle)[0])
+    _write_facts(partial, {"quality_image": quality}, classes, num_classes)
     _put_in_place(partial, place)
 
 

@@ -13,6 +13,8 @@ from monai.networks.layers import gaussian_1d
 from monai.transforms import MapTransform, RandomizableTransform
 from torch.nn import functional
 
+from seg3d_monai.data.blur import filter_along
+
 
 class RandBlurd(RandomizableTransform, MapTransform):
     """Gaussian blur as by MONAI's RandGaussianSmoothd, but with the same bits whatever the number of threads.
@@ -40,7 +42,7 @@ class RandBlurd(RandomizableTransform, MapTransform):
             for key in self.key_iterator(result):
                 image = torch.as_tensor(result[key])
                 for axis, sigma in enumerate(sigmas, start=1):
-                    image = blurred(image, gaussian_1d(torch.tensor(sigma)).tolist(), axis)
+                    image = filter_along(image, gaussian_1d(torch.tensor(sigma)).tolist(), axis)
                 result[key] = image
         return result
 
@@ -129,20 +131,6 @@ class RandChannelDropd(RandomizableTransform, MapTransform):
                 result[key] = result[key].clone()
                 result[key][int(chosen * num_channels)] = 0
         return result
-
-
-def blurred(image: torch.Tensor, kernel: Sequence[float], axis: int) -> torch.Tensor:
-    """Correlate along an axis with a kernel of odd length; 0 lies outside.
-
-    Sums of shifted images, so that each bit is the same whatever the number of threads.
-    """
-    radius, length = len(kernel) // 2, image.shape[axis]
-    result = image * kernel[radius]
-    for shift in range(1, min(radius, length - 1) + 1):
-        inner = length - shift
-        result.narrow(axis, shift, inner).add_(image.narrow(axis, 0, inner), alpha=kernel[radius - shift])
-        result.narrow(axis, 0, inner).add_(image.narrow(axis, shift, inner), alpha=kernel[radius + shift])
-    return result
 
 
 def coarsening(num_planes: int, num_slabs: int) -> torch.Tensor:

@@ -35,6 +35,8 @@ __all__ = [
 FORMAT = "seg3d_monai.checkpoint"
 VERSION = 1
 SPACING = "spacing_um"
+_BACKBONE = "backbone"
+"""What networks call their backbone, and pyramids what is beneath them."""
 logger = logging.getLogger(__name__)
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -183,13 +185,30 @@ def adapt_input_channels(weights: Mapping[str, Tensor], network: Mapping[str, Te
     return adapted
 
 
-def start_from(network: _Network, initial_weights: str | Path | None) -> _Network:
+def start_from(
+    network: _Network, initial_weights: str | Path | None, backbone_weights: str | Path | None = None
+) -> _Network:
     """The network with the weights that a training starts from, where a file is given; other image channels adapted.
+
+    Args:
+        network: receives the weights, in place.
+        initial_weights: of the whole network, as `load_weights` takes it; None leaves it as it is.
+        backbone_weights: of a network with the same backbone, such as one that was pre-trained without labels: only
+            what lies beneath pyramids is taken, after `initial_weights`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_weights`.
     """
-    return load_weights(network, initial_weights, adapt_input=True) if initial_weights else network
+    if initial_weights:
+        load_weights(network, initial_weights, adapt_input=True)
+    if backbone_weights:
+        weights = _of_backbone(_plain_weights(Path(backbone_weights)))
+        if not weights:
+            raise ValueError(f"{str(backbone_weights)!r} holds no backbone; give the model.pt of a pre-training")
+        backbone = network.get_submodule(_BACKBONE)
+        beneath = backbone.get_submodule(_BACKBONE) if hasattr(backbone, _BACKBONE) else backbone
+        _load(beneath, weights, backbone_weights, adapt_input=True)
+    return network
 
 
 def load_weights(network: _Network, path: str | Path, *, adapt_input: bool = False) -> _Network:
@@ -208,9 +227,26 @@ def load_weights(network: _Network, path: str | Path, *, adapt_input: bool = Fal
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or naming the missing, unexpected and differently shaped keys.
     """
-    weights = _read(Path(path))
+    return _load(network, _plain_weights(Path(path)), path, adapt_input=adapt_input)
+
+
+def _plain_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict of a file, or the evaluated weights of a training checkpoint."""
+    weights = _read(path)
     if weights.get("format") == FORMAT:
         weights = weights["ema"] or weights["network"]
+    return weights
+
+
+def _of_backbone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the backbone, by its own keys; pyramids over it are left out."""
+    beneath = f"{_BACKBONE}.{_BACKBONE}."
+    prefix = beneath if any(key.startswith(beneath) for key in weights) else f"{_BACKBONE}."
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def _load(network: _Network, weights: dict[str, Tensor], path: str | Path, *, adapt_input: bool) -> _Network:
+    """Load weights of which every key and shape must agree; see `load_weights`."""
     own = network.state_dict()
     if adapt_input:
         try:

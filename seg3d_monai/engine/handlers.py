@@ -139,7 +139,7 @@ class Checkpoints:
     Args:
         output_dir: folder of the run; made if missing. Resuming trusts what lies there.
         resume: go on from the last checkpoint, if there is one. A file, such as a `step_NNNNNN.pt`, is gone on from
-            where output_dir has no last one.
+            where output_dir has no last one. The words true and false, as a shell gives them, are no files.
         minutes: training minutes between saves of the last state, >= 0; it is also saved at validations and at the end.
         snapshot_steps: optimizer steps between states that are kept as `step_NNNNNN.pt`, > 0; None keeps none.
         snapshot_minutes: the same in training minutes, > 0; both may be given.
@@ -163,7 +163,7 @@ class Checkpoints:
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} is not positive; give a number > 0, or null")
         self.folder = Path(output_dir)
-        self.resume = resume
+        self.resume = {"true": True, "false": False}.get(str(resume).lower(), resume)
         self.minutes = minutes
         self.snapshot_steps = snapshot_steps
         self.snapshot_minutes = snapshot_minutes

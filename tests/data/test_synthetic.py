@@ -11,7 +11,7 @@ import tifffile
 import zarr
 from scipy import ndimage
 
-from seg3d_monai.data import open_volume, read_manifest, synthetic
+from seg3d_monai.data import open_volume, read_manifest, synthetic, synthetic_makers
 from seg3d_monai.data.convert import convert_volume
 from seg3d_monai.data.synthetic import (
     ImagingModel,
@@ -196,7 +196,7 @@ def test_a_finished_specimen_is_reused_and_another_refused(tmp_path: Path, monke
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a finished specimen was made again")
 
-    monkeypatch.setattr(synthetic, "make_volume_with_classes", refuse)
+    monkeypatch.setattr(synthetic_makers, "make_volume_with_classes", refuse)
     assert write_specimen(out, seed=7, **SMALL) == manifest
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     with pytest.raises(ValueError, match="seed"):

@@ -115,6 +115,16 @@ def test_without_resume_starts_again(make_trainer, tmp_path):
     assert sorted(losses) == list(range(1, 13))
 
 
+@pytest.mark.parametrize(("word", "goes_on"), [("true", True), ("True", True), ("false", False)])
+def test_words_of_a_shell_are_no_files(make_trainer, tmp_path, word, goes_on):
+    Checkpoints(output_dir=tmp_path, resume=word).attach(first := make_trainer())
+    first.run()
+    Checkpoints(output_dir=tmp_path, resume=word).attach(second := make_trainer())
+    losses = losses_of(second)
+    second.run()
+    assert (losses == {}) == goes_on
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
 def test_damaged_last_is_named_and_the_one_before_used(tmp_path, damage, caplog):
     write_last(tmp_path, {"number": 1, "values": torch.arange(100.0)})

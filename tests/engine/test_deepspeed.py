@@ -156,7 +156,7 @@ def test_settings_are_filled_from_the_bundle():
 
 
 def test_the_bundles_have_an_overlay_for_each_stage():
-    assert len(OVERLAYS) == 3 * len(IN_BUNDLES)
+    assert len(OVERLAYS) == 4 * len(IN_BUNDLES)
     assert [IN_BUNDLES[f"deepspeed_zero{stage}"]["zero_optimization"]["stage"] for stage in STAGES] == STAGES
     assert all(filled(given)["train_batch_size"] == 6 for given in IN_BUNDLES.values())
 
