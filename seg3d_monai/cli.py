@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seg3d_monai import __version__, cli_annotate, cli_data, cli_synth, cli_tune
+from seg3d_monai import __version__, cli_annotate, cli_data, cli_report, cli_synth, cli_tune
 from seg3d_monai.cli_arguments import UsageError, bind, given, help_text, nearest, numbers
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
 from seg3d_monai.user_errors import one_line, user_error, wants_traceback
@@ -288,6 +288,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "measure": measure,
     "seam-check": seam_check,
     "evaluate": evaluate,
+    "report": cli_report.report,
     "annotate suggest": cli_annotate.suggest,
     "annotate import": cli_annotate.import_labels,
 }

@@ -31,7 +31,18 @@ ARROWS: dict[str, set[str]] = {
     "annotation": {"ops", "data", "inference"},
 }
 # Modules beside the rooms: nothing but the command line's own files may import them.
-COMMAND_LINE = {"__main__", "cli", "cli_annotate", "cli_arguments", "cli_bundle", "cli_data", "cli_tune", "doctor"}
+COMMAND_LINE = {
+    "__main__",
+    "cli",
+    "cli_annotate",
+    "cli_arguments",
+    "cli_bundle",
+    "cli_data",
+    "cli_report",
+    "cli_synth",
+    "cli_tune",
+    "doctor",
+}
 
 
 class Import(NamedTuple):

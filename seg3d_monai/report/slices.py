@@ -1,4 +1,4 @@
-"""A picture of a volume with its instances: three orthogonal slices, truth and prediction as outlines.
+"""A picture of a volume with its instances: three orthogonal slices or projections, truth and prediction as outlines.
 
 It must not know files other than the picture, models or metrics.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,15 +29,41 @@ def save_slices(
     prediction: np.ndarray | None,
     spacing_um: Sequence[float] | None = None,
     title: str | None = None,
+    **options: Any,
+) -> Path:
+    """Write a PNG of `slices_figure`, whose arguments these are.
+
+    Returns:
+        The path; missing folders are made.
+    """
+    figure = slices_figure(image, truth, prediction, spacing_um, title, **options)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # An old picture is replaced only when the new one is whole. No version in it: equal data give equal bytes.
+    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
+    try:
+        figure.savefig(partial, format="png", metadata={"Software": None})
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def slices_figure(
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    prediction: np.ndarray | None,
+    spacing_um: Sequence[float] | None = None,
+    title: str | None = None,
     *,
     channel: int = 0,
     position: Sequence[int] | None = None,
     gamma: float = 0.6,
-) -> Path:
-    """Write a PNG of the three orthogonal slices through a point, in physical proportions.
+    projects: bool = False,
+) -> Figure:
+    """Draw the three orthogonal slices through a point, in physical proportions.
 
     Args:
-        path: where the picture goes; missing folders are made.
         image: [Z, Y, X] or [C, Z, Y, X], any real dtype.
         truth: labels [Z, Y, X], or None.
         prediction: labels [Z, Y, X], or None.
@@ -45,9 +72,8 @@ def save_slices(
         channel: which channel of a [C, Z, Y, X] image.
         position: voxel (z, y, x) that the slices pass through; None is the middle.
         gamma: exponent of the grey values, > 0; below 1 lifts the dim.
-
-    Returns:
-        The path.
+        projects: whether the brightest voxel along each axis is shown in place of a slice, with the instances that
+            these voxels belong to.
 
     Raises:
         ValueError: shapes do not fit, or an option is out of its range.
@@ -98,18 +124,20 @@ def save_slices(
             )
         )
         extent = (0.0, float(view_width), float(view_height), 0.0)
-        plane = _cut(image, axis, point[axis], is_swapped).astype(np.float32)
+        depths = image.argmax(axis=axis) if projects else None
+        plane = _cut(image, axis, point[axis], is_swapped, depths).astype(np.float32)
         grey = np.clip((plane - low) / max(high - low, 1e-6), 0, 1) ** gamma
         axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest", aspect="auto")
         # Prediction over truth, thinner: where they agree both colours are seen.
         for labels, colour, line_width in ((truth, TRUTH_COLOUR, 1.7), (prediction, PREDICTION_COLOUR, 0.8)):
             if labels is not None:
-                _draw_outlines(axes, _cut(labels, axis, point[axis], is_swapped), extent, colour, line_width)
+                _draw_outlines(axes, _cut(labels, axis, point[axis], is_swapped, depths), extent, colour, line_width)
         axes.set_xlim(extent[0], extent[1])
         axes.set_ylim(extent[2], extent[3])
         axes.set_axis_off()
+        place = "brightest" if projects else f"{'zyx'[axis]} = {point[axis]}"
         axes.text(
-            0.02, 0.98, f"{name}  {'zyx'[axis]} = {point[axis]}", transform=axes.transAxes, color="white", fontsize=8,
+            0.02, 0.98, f"{name}  {place}", transform=axes.transAxes, color="white", fontsize=8,
             va="top", bbox={"facecolor": "black", "alpha": 0.5, "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
         if name == "YX" and spacing_um is not None:
@@ -130,16 +158,7 @@ def save_slices(
         )
         for text in legend.get_texts():
             text.set_color("white")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # An old picture is replaced only when the new one is whole. No version in it: equal data give equal bytes.
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    try:
-        figure.savefig(partial, format="png", metadata={"Software": None})
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    return figure
 
 
 def outline_segments(labels: np.ndarray) -> np.ndarray:
@@ -166,8 +185,12 @@ def outline_segments(labels: np.ndarray) -> np.ndarray:
     return np.array(segments, dtype=np.float64).reshape(-1, 2, 2)
 
 
-def _cut(array: np.ndarray, axis: int, index: int, is_swapped: bool) -> np.ndarray:
-    plane = np.take(array, index, axis=axis)
+def _cut(array: np.ndarray, axis: int, index: int, is_swapped: bool, depths: np.ndarray | None = None) -> np.ndarray:
+    """A slice, or, with `depths`, the voxel at a depth of its own in each line along the axis."""
+    if depths is None:
+        plane = np.take(array, index, axis=axis)
+    else:
+        plane = np.take_along_axis(array, np.expand_dims(depths, axis), axis).squeeze(axis)
     return plane.T if is_swapped else plane
 
 
