@@ -23,8 +23,9 @@ from seg3d_monai.inference import predict_labels
 
 # The manifest has the splits; an overlay of the data may ask for them again.
 OWN_SPLITS: dict[str, Any] = {"index#val_specimens": [], "index#test_specimens": []}
-NO_VALIDATION = MANY = 10**6
+NO_VALIDATION = 10**6
 """Epochs between validations: there is one, when the minutes are over."""
+ALL_SNAPSHOTS = 10**6
 QUICK: dict[str, Any] = {
     "crop_size": [16, 32, 40],
     "backbone#width": 8,
@@ -48,7 +49,7 @@ def train_and_tune(request: Request, log: Path) -> float | None:
     common += flags(changes(request))
     trained = {"max_minutes": request.minutes, "val_interval": NO_VALIDATION, "seed": request.seed, "resume": True}
     if settings["curve_steps"]:
-        trained |= {"snapshot_steps": settings["curve_steps"], keep_of_snapshots(settings["bundle"]): MANY}
+        trained |= {"snapshot_steps": settings["curve_steps"], keep_of_snapshots(settings["bundle"]): ALL_SNAPSHOTS}
     run_process(["-m", "seg3d_monai", "train", *common, *flags(trained)], threads=request.threads, log=log)
     if not settings["tune"]:
         return None

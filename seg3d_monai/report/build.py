@@ -216,9 +216,9 @@ def _tile(looked: LookedAt, fault: Fault) -> str:
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     place = np.array(fault.centroid) - looked.origin - low
     position = np.clip(np.rint(place).astype(int), 0, high - low - 1).tolist()
-    truth = _truth(looked)
-    assert truth is not None
-    figure = slices_figure(looked.image[box], truth[box], looked.labels[box], looked.spacing_um, position=position)
+    assert looked.truth is not None
+    truth = known_truth(looked.truth[box])
+    figure = slices_figure(looked.image[box], truth, looked.labels[box], looked.spacing_um, position=position)
     return picture(figure, 45, f"{fault.kind} in {looked.name}")
 
 

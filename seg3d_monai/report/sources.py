@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from seg3d_monai.data import ArrayVolume, Volume, open_volume
 from seg3d_monai.inference import predict_labels
+from seg3d_monai.inference.predict import plan_blocks, predict_plan
 from seg3d_monai.inference.seam_cells import SAME, compare_labels
 from seg3d_monai.metrics import InstanceMetrics
 from seg3d_monai.report.evaluate import OUTPUT_LABELS
@@ -39,7 +40,7 @@ class Source:
     metrics: of `InstanceMetrics.compute`, pooled over the volumes; None without truth.
     train, validation: the logs of a training, None without.
     facts: numbers for the section on time and memory.
-    seams: cells, and those that differ between blocks and one block; None where it was not looked at.
+    seams: cells, and those that differ between blocks and one block; None where no volume was cut into blocks.
     texts: configuration, environment and the like, by name.
     notes: what a reader must know, such as that a part is shown only.
     """
@@ -84,17 +85,22 @@ def read_run(folder: Path, changes: Mapping[str, Any], progress: bool = False) -
     dataset, predictor = (parser.get_parsed_content(name) for name in ("final#dataset", "predictor"))
     block_size, halo = parser["block_size"], parser["halo"]
     pooled, volumes, voxels, seconds, seams = InstanceMetrics(), [], 0, 0.0, [0, 0]
+    num_cut = 0
     for number in tqdm(range(len(dataset)), unit="volume", desc="report", disable=not progress):
         item = dataset[number]
         image, truth, origin = _middle(item["volume"], item["label"])
         start = time.perf_counter()
-        labels, table = predict_labels(ArrayVolume(image, item["volume"].spacing_um), predictor, block_size, halo)
+        volume = ArrayVolume(image, item["volume"].spacing_um)
+        plan = plan_blocks(volume, predictor, block_size, halo)
+        labels, table = predict_plan(plan, volume, predictor)
         seconds += time.perf_counter() - start
         voxels += labels.size
-        whole, _ = predict_labels(ArrayVolume(image, item["volume"].spacing_um), predictor, None, halo)
-        cells = compare_labels(whole.astype(np.int64), labels.astype(np.int64), faces=((), (), ()))
-        seams[0] += len(cells)
-        seams[1] += sum(cell.kind != SAME for cell in cells)
+        if max(plan.grid) > 1:
+            whole, _ = predict_labels(volume, predictor)
+            cells = compare_labels(whole.astype(np.int64), labels.astype(np.int64), faces=((), (), ()))
+            seams[0] += len(cells)
+            seams[1] += sum(cell.kind != SAME for cell in cells)
+            num_cut += 1
         pooled.update(truth, labels)
         volumes.append(
             LookedAt(
@@ -126,7 +132,7 @@ def read_run(folder: Path, changes: Mapping[str, Any], progress: bool = False) -
         train=train,
         validation=validation,
         facts=facts,
-        seams=(seams[0], seams[1]),
+        seams=(seams[0], seams[1]) if num_cut else None,
         texts=texts,
     )
     _note_parts(source)

@@ -207,7 +207,7 @@ def illuminated(
 def recorded(scene: Scene, light: Array, region: Region, channel: int) -> Array:
     """What the camera counts of so many photons, uint16 [d, h, w].
 
-    Shot noise is a normal number squared, which has the mean, the variance and nearly the skew of Poisson's; so each
+    Shot noise is a normal number squared, with Poisson's mean and variance, and skewed to the same side; so each
     voxel's is a function of its place.
     """
     camera = scene.camera

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,12 @@ from seg3d_monai.data.synthesis.placement import place_shapes, wanted_number
 from seg3d_monai.data.synthesis.region import Region
 from seg3d_monai.data.synthesis.scene import Scene
 from seg3d_monai.data.synthesis.structures import add_structures, structures
+from seg3d_monai.data.synthetic_nuclei import visible_ids
 from seg3d_monai.data.volume import Volume, check_roi
 
-MIN_VOXELS = 25
-"""An object of which the volume shows fewer voxels is background."""
 TILE = (32, 128, 128)
+CACHE_BYTES = 2**28
+"""Of tiles that a volume keeps, at most."""
 LEAST_REACHED = 0.9
 """Share of the objects asked for that must find a place."""
 _PLACES, _LOBES = 8, 9
@@ -127,22 +129,6 @@ class SyntheticStack:
         return _Tiles(self, len(self.names), np.uint16), LabelTiles(self)
 
 
-def visible_ids(voxels: Array) -> Array:
-    """Ids, compact from 1, of the objects that show enough voxels; 0 for the others and for the background.
-
-    Args:
-        voxels: [G + 1], of the background and of each object.
-
-    Returns:
-        uint32 [G + 1].
-    """
-    is_visible = voxels >= MIN_VOXELS
-    is_visible[0] = False
-    ids = np.zeros(len(voxels), np.uint32)
-    ids[is_visible] = np.arange(1, int(is_visible.sum()) + 1, dtype=np.uint32)
-    return ids
-
-
 class _Tiles(Volume):
     """The image of a stack; the tiles that were read last are kept."""
 
@@ -154,7 +140,9 @@ class _Tiles(Volume):
         self.path = None
         self.chunk_shape = (min(TILE[0], stack.shape[0]), min(TILE[1], stack.shape[1]), min(TILE[2], stack.shape[2]))
         self.tiles = [range(-(-n // t)) for n, t in zip(stack.shape, TILE, strict=True)]
-        self._tile = lru_cache(2 * len(self.tiles[1]) * len(self.tiles[2]) + 1)(self._make_tile)
+        tile_bytes = channels * prod(self.chunk_shape) * self.dtype.itemsize
+        layers = 2 * len(self.tiles[1]) * len(self.tiles[2]) + 1
+        self._tile = lru_cache(max(1, min(layers, CACHE_BYTES // tile_bytes)))(self._make_tile)
 
     def read(self, roi: Sequence[int]) -> Array:
         """Make a region; see `Volume.read`."""

@@ -11,6 +11,7 @@ from seg3d_monai.data.loader import CropLoader
 from seg3d_monai.data.synthesis import PRESETS, Recipe, Scene, SyntheticCropDataset, SyntheticStack, preset
 from seg3d_monai.data.synthesis import stack as stack_module
 from seg3d_monai.data.synthesis.scene import Background, Camera, Objects, Optics, Stain, Voxels
+from seg3d_monai.data.synthetic_nuclei import MIN_VISIBLE_VOXELS
 from seg3d_monai.data.transforms import train_transforms
 
 MIXED = Objects(fill=0.4, elongated=0.3, lobed=0.3, dividing=0.2, diameter_um=9.0)
@@ -40,7 +41,7 @@ def test_ids_are_compact_and_objects_of_few_voxels_are_left_out() -> None:
     labels = SyntheticStack(Scene(seed=(1,), objects=MIXED), (20, 64, 50)).whole()[1]
     voxels = np.bincount(labels.ravel())
     assert len(voxels) > 20
-    assert voxels[1:].min() >= stack_module.MIN_VOXELS
+    assert voxels[1:].min() >= MIN_VISIBLE_VOXELS
 
 
 @pytest.mark.parametrize("name", PRESETS)
