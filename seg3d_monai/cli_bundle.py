@@ -70,8 +70,7 @@ def overlay_files(folder: Path, overlay: str | None) -> list[str]:
     return [_existing(overlays, name.removesuffix(".json") + ".json", "overlay") for name in names]
 
 
-_JSON_WORDS = {"true": True, "false": False, "null": "$None"}
-"""MONAI takes an override of None for none."""
+_JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
 def run_bundle(
@@ -96,7 +95,9 @@ def run_bundle(
         if _first(key) not in top_level | set(RUN_ARGUMENTS):
             raise UsageError(f"unknown flag --{key}; {nearest(key, top_level, prefix='--')}")
         _check_sections(key, declared)
-    overrides = {key: _parse(key, text, declared.get(key)) for key, text in flags.items()} | dict(options or {})
+    parsed = {key: parse_override(key, text, declared.get(key)) for key, text in flags.items()}
+    # MONAI takes an override of None for none.
+    overrides = {key: "$None" if value is None else value for key, value in parsed.items()} | dict(options or {})
 
     # Whoever names a bundle trusts it; the README says so, and a warning at each run would hide other ones.
     warnings.filterwarnings("ignore", message="parsing config_file")
@@ -139,7 +140,7 @@ def _first(key: str) -> str:
     return key.replace("::", "#").partition("#")[0]
 
 
-def _parse(key: str, text: str, declared: Any) -> Any:
+def parse_override(key: str, text: str, declared: Any = None) -> Any:
     """The value that `python -m monai.bundle` would see, except that a folder called 2024 stays a folder.
 
     And except for JSON's words, as they stand in the configuration itself: true is no text there.

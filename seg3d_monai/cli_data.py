@@ -4,7 +4,7 @@ import os
 import sys
 
 from seg3d_monai.cli_arguments import given, numbers
-from seg3d_monai.cli_bundle import find_bundle, overlay_files
+from seg3d_monai.cli_bundle import find_bundle, overlay_files, parse_override
 
 BUNDLES = ("maskrcnn3d", "maskdino3d", "mask2former3d")
 
@@ -96,12 +96,10 @@ def plan(
         restart: Write over another plan in the folder.
         overrides: Any key of the configurations and its value.
     """
-    from fire.parser import DefaultParseValue
-
     from seg3d_monai.planning import write_plans
 
     named = {"target_spacing_um": target_spacing, "crop_size": crop_size, "batch_size": batch_size}
-    parsed = {key: DefaultParseValue(text) for key, text in overrides.items()}
+    parsed = {key: parse_override(key, text) for key, text in overrides.items()}
     folders = [find_bundle(name.strip()) for name in (BUNDLES if bundle == "all" else bundle.split(","))]
     bundles = [(folder, overlay_files(folder, overlay)) for folder in folders]
     write_plans(db, output, bundles, memory=memory, given=given(named) | parsed, restart=restart)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from seg3d_monai.cli_arguments import UsageError
+from seg3d_monai.cli_bundle import parse_override
 
 
 def report(
@@ -30,8 +31,6 @@ def report(
         roi: For a prediction: region to look at, "[z1,y1,x1,z2,y2,x2]" in voxels; default the middle.
         overrides: For a training: any key of its configuration and its value.
     """
-    from fire.parser import DefaultParseValue
-
     from seg3d_monai.report.build import write_report
     from seg3d_monai.report.sources import read_prediction, read_run
 
@@ -53,6 +52,6 @@ def report(
     else:
         if image or truth or roi:
             raise UsageError("--image, --truth and --roi are for predictions; a training has volumes of its own")
-        changes = {key: DefaultParseValue(text) for key, text in overrides.items()}
+        changes = {key: parse_override(key, text) for key, text in overrides.items()}
         found = read_run(path, changes, progress=sys.stderr.isatty())
     print(f"report: {write_report(found, target)}")
