@@ -136,13 +136,18 @@ def result_of(request: Request, name: str, stardist: Path | None) -> Row:
     except RuntimeError as error:
         print(f"{name}, seed {request.seed}: {error}", file=sys.stderr, flush=True)
         return {**row, "error": str(error)}
-    answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    return {**row, **tuning, **answer_of(request), "whole_s": time.perf_counter() - begun}
+
+
+def answer_of(request: Request) -> Row:
+    """What a contestant answered, judged, with its speed; a curve is judged state by state."""
+    answer: Row = json.loads((Path(request.folder) / "answer.json").read_text(encoding="utf-8"))
     speeds = [one["voxels"] / one["seconds"] / 1e6 for one in answer["predicted"]]
-    row |= {**answer, **tuning, **judged(request), "mvoxel_per_s": statistics.median(speeds)}
+    row = {**answer, **judged(request), "mvoxel_per_s": statistics.median(speeds)}
     if "curve" in answer:
         states = [(state, Path(request.folder) / state.pop("labels")) for state in answer["curve"]]
         row["curve"] = [{**state, **judged(request, labels)} for state, labels in states]
-    return row | {"whole_s": time.perf_counter() - begun}
+    return row
 
 
 def judged(request: Request, labels: Path | None = None) -> Row:

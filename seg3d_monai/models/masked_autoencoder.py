@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seg3d_monai.backbones import FeaturePyramid
 from seg3d_monai.backbones.vit import ViT, ViTBlock
-from seg3d_monai.layers import LayerNorm, repeat_cells
+from seg3d_monai.layers import ImagePower, LayerNorm, repeat_cells
 from seg3d_monai.layers.conv import check_axes
 
 Targets = Sequence[Mapping[str, Tensor]]
@@ -68,6 +68,7 @@ class TokenAutoencoder(nn.Module):
         decoder_channels: channels of the small transformer, a multiple of `decoder_heads`.
         decoder_depth: its blocks.
         decoder_heads: its attention heads.
+        image_power: see `ImagePower`; the network reads and reconstructs such images.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class TokenAutoencoder(nn.Module):
         decoder_channels: int,
         decoder_depth: int,
         decoder_heads: int,
+        image_power: float = 1.0,
     ) -> None:
         super().__init__()
+        self.image_power = ImagePower(image_power)
         self.backbone = backbone
         self.backbone.pyramid.requires_grad_(False)  # nothing reads it here, and optimizers want gradients
         self.mask = mask
@@ -97,7 +100,7 @@ class TokenAutoencoder(nn.Module):
         Raises:
             ValueError: an extent that patches do not divide, or a single patch.
         """
-        size = patches_of(images, self.patch_size)
+        images, size = self.image_power(images), patches_of(images, self.patch_size)
         tokens, _ = self.backbone.tokens(images)
         hidden = self.mask(len(images), size, images.device).flatten(1)
         number, channels = len(images), tokens.shape[2]
@@ -125,12 +128,20 @@ class InpaintingAutoencoder(nn.Module):
         mask: which patches are hidden.
         in_channels: image channels.
         patch_size: (z, y, x) voxels of a patch, a multiple of the finest level's stride.
+        image_power: see `ImagePower`; the network reads and reconstructs such images.
     """
 
     def __init__(
-        self, *, backbone: FeaturePyramid, mask: PatchMask, in_channels: int, patch_size: Sequence[int]
+        self,
+        *,
+        backbone: FeaturePyramid,
+        mask: PatchMask,
+        in_channels: int,
+        patch_size: Sequence[int],
+        image_power: float = 1.0,
     ) -> None:
         super().__init__()
+        self.image_power = ImagePower(image_power)
         self.backbone = backbone
         self.mask = mask
         self.patch_size = check_axes("patch_size", patch_size)
@@ -148,7 +159,7 @@ class InpaintingAutoencoder(nn.Module):
         Raises:
             ValueError: an extent that patches do not divide, or a single patch.
         """
-        size = patches_of(images, self.patch_size)
+        images, size = self.image_power(images), patches_of(images, self.patch_size)
         hidden = self.mask(len(images), size, images.device)
         is_hidden = repeat_cells(hidden[:, None].to(images.dtype), self.patch_size, 2)
         value = self.hidden_value.to(images.dtype)[:, None, None, None]
@@ -172,6 +183,7 @@ def masked_autoencoder3d(
     decoder_depth: int = 2,
     decoder_heads: int = 3,
     norm: str = "group",
+    image_power: float = 1.0,
 ) -> TokenAutoencoder | InpaintingAutoencoder:
     """The autoencoder for a backbone.
 
@@ -184,6 +196,7 @@ def masked_autoencoder3d(
         decoder_channels: of the small transformer, or of the feature pyramid.
         decoder_depth, decoder_heads: of the small transformer.
         norm: of the feature pyramid; the backbone has its own.
+        image_power: see `ImagePower`; that of the detector that the backbone is for.
 
     Raises:
         ValueError: as the classes.
@@ -197,10 +210,13 @@ def masked_autoencoder3d(
             decoder_channels=decoder_channels,
             decoder_depth=decoder_depth,
             decoder_heads=decoder_heads,
+            image_power=image_power,
         )
     finest = "p" + next(iter(backbone.channels))[1:]  # type: ignore[arg-type]
     pyramid = FeaturePyramid(backbone=backbone, out_channels=decoder_channels, out_levels=[finest], norm=norm)
-    return InpaintingAutoencoder(backbone=pyramid, mask=mask, in_channels=in_channels, patch_size=patch_size)
+    return InpaintingAutoencoder(
+        backbone=pyramid, mask=mask, in_channels=in_channels, patch_size=patch_size, image_power=image_power
+    )
 
 
 def patches_of(images: Tensor, patch_size: Sequence[int]) -> tuple[int, int, int]:

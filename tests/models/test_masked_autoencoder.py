@@ -133,3 +133,18 @@ def test_voxels_of_cells():
     assert voxels.shape == (2, 3, 4, 8, 3)
     for channel, (a, b) in ((0, (0, 0)), (5, (0, 1)), (10, (1, 0))):
         assert torch.equal(voxels[:, channel // 4, a::2, b::2], cells[:, channel])
+
+
+@kinds
+def test_images_are_reconstructed_as_the_network_reads_them(kind):
+    network = make(kind, image_power=0.5)
+    assert "power=0.5" in repr(network)
+    images = torch.randn(1, 1, *SIZE)
+    torch.manual_seed(1)
+    outputs = network(images)
+    torch.testing.assert_close(outputs["images"], images.abs().sqrt() * images.sign())
+    plain = make(kind)
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    torch.manual_seed(1)
+    same = plain(outputs["images"])
+    torch.testing.assert_close(same["reconstruction"], outputs["reconstruction"])
