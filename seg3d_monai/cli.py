@@ -15,7 +15,17 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seg3d_monai import __version__, cli_annotate, cli_data, cli_report, cli_synth, cli_tune
+from seg3d_monai import (
+    __version__,
+    cli_annotate,
+    cli_data,
+    cli_export,
+    cli_report,
+    cli_share,
+    cli_synth,
+    cli_tune,
+    cli_view,
+)
 from seg3d_monai.cli_arguments import UsageError, bind, given, help_text, nearest, numbers
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
 from seg3d_monai.user_errors import one_line, user_error, wants_traceback
@@ -42,7 +52,7 @@ def train(bundle: str, *, config_file: str | None = None, overlay: str | None = 
     """
     folder = find_bundle(bundle)
     files = config_files(folder, config_file, "train.json") + overlay_files(folder, overlay)
-    run_bundle("training", files, overrides)
+    run_bundle("training", folder, files, overrides)
 
 
 def predict(
@@ -289,8 +299,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "seam-check": seam_check,
     "evaluate": evaluate,
     "report": cli_report.report,
+    "export": cli_export.export,
+    "view": cli_view.view,
     "annotate suggest": cli_annotate.suggest,
     "annotate import": cli_annotate.import_labels,
+    "bundle check": cli_share.check,
+    "bundle pack": cli_share.pack,
 }
 """A name of two words is a command of a group."""
 
@@ -397,7 +411,7 @@ def _run_inference(
     folder = find_bundle(bundle)
     files = config_files(folder, config_file, "inference.json") + overlay_files(folder, overlay)
     paths = {"input": literal_path(input), "checkpoint": checkpoint and literal_path(checkpoint)}
-    run_bundle(run_id, files, overrides, given({**paths, **options}))
+    run_bundle(run_id, folder, files, overrides, given({**paths, **options}))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

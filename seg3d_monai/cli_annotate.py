@@ -56,7 +56,6 @@ def suggest(
         "input": literal_path(db),
         "output": literal_path(output),
         "checkpoint": literal_path(checkpoint),
-        "bundle_root": literal_path(str(folder)),
         "bundle": literal_path(bundle),
         "overlay": overlay,
         "num": num,
@@ -71,7 +70,7 @@ def suggest(
         "seed": seed,
         "device": device,
     }
-    run_bundle("suggest", files + overlay_files(folder, overlay), overrides, given(options))
+    run_bundle("suggest", folder, files + overlay_files(folder, overlay), overrides, given(options))
 
 
 def import_labels(

@@ -74,12 +74,15 @@ _JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
 def run_bundle(
-    run_id: str, files: list[str], flags: Mapping[str, str], options: Mapping[str, Any] | None = None
+    run_id: str, folder: Path, files: list[str], flags: Mapping[str, str], options: Mapping[str, Any] | None = None
 ) -> None:
     """Exactly `python -m monai.bundle run RUN_ID --config_file FILES --KEY VALUE ...`, its keys checked first.
 
+    A configuration's own `bundle_root` holds for whoever stands where it was written for; here it is the bundle.
+
     Args:
         run_id: The configuration's entry to run.
+        folder: The bundle.
         files: Configuration files, later ones win.
         flags: Keys of the configuration, `#` for nested ones, and their values as text.
         options: Further keys, their values already parsed.
@@ -91,13 +94,15 @@ def run_bundle(
     for file in files:
         declared |= {key.lstrip("+"): value for key, value in _read_config(file).items()}
     top_level = {key.partition("#")[0] for key in declared}
-    for key in [*flags, *(options or {})]:
+    root = {"bundle_root": literal_path(str(folder))} if "bundle_root" in top_level - set(flags) else {}
+    options = root | dict(options or {})
+    for key in [*flags, *options]:
         if _first(key) not in top_level | set(RUN_ARGUMENTS):
             raise UsageError(f"unknown flag --{key}; {nearest(key, top_level, prefix='--')}")
         _check_sections(key, declared)
     parsed = {key: parse_override(key, text, declared.get(key)) for key, text in flags.items()}
     # MONAI takes an override of None for none.
-    overrides = {key: "$None" if value is None else value for key, value in parsed.items()} | dict(options or {})
+    overrides = {key: "$None" if value is None else value for key, value in parsed.items()} | options
 
     # Whoever names a bundle trusts it; the README says so, and a warning at each run would hide other ones.
     warnings.filterwarnings("ignore", message="parsing config_file")

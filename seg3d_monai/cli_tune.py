@@ -60,4 +60,4 @@ def tune(
         "halo": halo,
         "device": device,
     }
-    run_bundle("tuning", files + overlay_files(folder, overlay), overrides, given(options))
+    run_bundle("tuning", folder, files + overlay_files(folder, overlay), overrides, given(options))

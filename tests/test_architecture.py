@@ -29,6 +29,9 @@ ARROWS: dict[str, set[str]] = {
     "planning": {"data", "inference", "engine"},
     "report": {"data", "metrics", "inference"},
     "annotation": {"ops", "data", "inference"},
+    "export": {"ops", "layers", "models", "data", "engine"},
+    "viewing": {"data"},
+    "sharing": {"engine"},
 }
 # Modules beside the rooms: nothing but the command line's own files may import them.
 COMMAND_LINE = {
@@ -38,9 +41,12 @@ COMMAND_LINE = {
     "cli_arguments",
     "cli_bundle",
     "cli_data",
+    "cli_export",
     "cli_report",
+    "cli_share",
     "cli_synth",
     "cli_tune",
+    "cli_view",
     "doctor",
 }
 

@@ -50,7 +50,8 @@ def test_licence_is_apache_2() -> None:
 def test_torch_has_a_floor_and_no_pin() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert [name for name in project["dependencies"] if re.match(r"torch\b", name)] == ["torch>=2.10"]
-    assert set(project["optional-dependencies"]) == {"cluster", "view", "formats", "tracking", "dev", "all"}
+    extras = {"cluster", "view", "formats", "tracking", "export", "share", "dev", "all"}
+    assert set(project["optional-dependencies"]) == extras
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

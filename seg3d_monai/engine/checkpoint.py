@@ -3,11 +3,12 @@
 `last.pt` and `last.prev.pt` hold the whole state of a training, `best.pt` the same at the best validation, `model.pt`
 plain weights (a state dict); each keeps the voxel size of the training, if it is known. All are zip archives of
 `torch.save` that load with `weights_only=True`; reading verifies their CRCs, so that a torn or flipped file is named
-instead of used. This module must not know what the state means.
+instead of used. Weights are also read from `.safetensors`. This module must not know what the state means.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import zipfile
@@ -216,7 +217,7 @@ def load_weights(network: _Network, path: str | Path, *, adapt_input: bool = Fal
 
     Args:
         network: receives the weights, in place; every key and shape must agree.
-        path: file of `write_weights`, `write_checkpoint` or any `torch.save(state_dict)`.
+        path: file of `write_weights`, `write_checkpoint` or any `torch.save(state_dict)`, or a `.safetensors`.
         adapt_input: whether weights for another number of image channels are adapted, with a warning. That is a start
             for a training; for a prediction it would hide that the image is not what the network was trained on.
 
@@ -285,13 +286,31 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist; train first or give another checkpoint")
     try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
         with zipfile.ZipFile(path) as archive:
             if (bad := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"CRC of {bad}")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:  # names its extra
+        raise
     except Exception as error:  # torch.load raises many kinds for a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{str(path)!r} is damaged ({reason}); delete it or give another checkpoint") from error
     if not isinstance(state, dict):
         raise ValueError(f"{str(path)!r} holds a {type(state).__name__}, not weights; give a checkpoint")
     return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """A state dict of safetensors; the voxel size stands in its header."""
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError(f"{str(path)!r} needs safetensors: pip install 'seg3d_monai[share]'") from error
+    with safe_open(path, framework="pt") as file:
+        weights: dict[str, Any] = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
+        spacing_um = (file.metadata() or {}).get(SPACING)
+    if spacing_um is not None:
+        weights._metadata = {"": {SPACING: json.loads(spacing_um)}}  # type: ignore[attr-defined]
+    return weights
