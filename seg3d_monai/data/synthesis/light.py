@@ -7,7 +7,8 @@ It must not know files or training.
 
 from __future__ import annotations
 
-from math import ceil, tan
+from collections.abc import Sequence
+from math import ceil, floor, log, tan
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from scipy.special import ndtri
 
 from seg3d_monai.data.blur import filter_along
 from seg3d_monai.data.synthesis.cells import Cells, Painted
-from seg3d_monai.data.synthesis.noise import between, gaussian, smooth_noise, white_noise
+from seg3d_monai.data.synthesis.noise import between, filtered_noise, gaussian, smooth_noise, white_noise
 from seg3d_monai.data.synthesis.region import Region
 from seg3d_monai.data.synthesis.scene import Camera, Optics, Scene
 
@@ -24,7 +25,28 @@ _FINE, _COARSE, _GLOW, _SHADOW, _SHOT, _READ, _BRIGHTNESS = range(10, 17)
 """Streams of draws, after a scene's seed."""
 _FINE_SHARE = 0.4  # of the coarser length of the texture
 _LIMIT = 2.5  # standard deviations of the texture above which nothing gets brighter or darker
+_RIM = 1.35  # reaches of an object, as far as its cytoplasm is painted
+_DARK = 2.5  # half thicknesses, beyond which a membrane is dark: exp(-6)
+_WINGS_END = 5.0
 Array = np.ndarray
+
+
+def painted_range(scene: Scene) -> tuple[float, float]:
+    """What `stained` needs of a `Painter`: its limit, and its gap."""
+    stain, reach = scene.stain, scene.objects.reach
+    gap = stain.seam_share if stain.nucleus and stain.seam < 1 else 0.01
+    limit = reach + gap
+    if stain.membrane:
+        # Half a gap of two counts where it is less than the way to the own surface: runners-up lie before twice the
+        # reach less the nearest.
+        away = _DARK / _membranes_in_radius(scene)
+        limit, gap = max(limit, reach + away), max(gap, 2 * away)
+    return (max(limit, _RIM * reach) if stain.cytoplasm else limit), gap
+
+
+def _membranes_in_radius(scene: Scene) -> float:
+    """Mean radius of an object, in half thicknesses of its membrane."""
+    return scene.objects.diameter_um / 2 / scene.stain.membrane_um * 2
 
 
 def brightness(scene: Scene, cells: Cells) -> Array:
@@ -50,25 +72,40 @@ def stained(scene: Scene, painted: Painted, bright: Array, region: Region, spaci
     stain, reach = scene.stain, scene.objects.reach
     share = painted.nearest * np.float32(1 / reach)  # 1 on the surface
     owner = painted.owner(reach)
-    result = np.zeros(region.shape, np.float32)
     gap = painted.runner_up - painted.nearest
     if channel != "membrane" and stain.nucleus:
         inner = np.minimum(share, 1)
         inner *= inner
         # Bright rims of the hollow lose nothing, dark rims of the others no more than they have.
-        profile = 1 - stain.hollow * (1 - inner) if stain.hollow >= 0 else 1 + stain.hollow * inner
-        seam = np.clip(gap / np.float32(stain.seam_share), stain.seam, 1)
-        result += np.float32(stain.nucleus) * bright[owner] * profile * seam
+        inner *= np.float32(stain.hollow)
+        inner += np.float32(1 - max(stain.hollow, 0.0))
+        result = bright[owner]
+        result *= np.float32(stain.nucleus)
+        result *= inner
+        seam = np.multiply(gap, np.float32(1 / stain.seam_share), out=inner)
+        result *= np.clip(seam, stain.seam, 1, out=seam)
         if stain.texture or stain.nucleoli:
             result *= _texture(scene, region, spacing_um)
+    else:
+        result = np.zeros(region.shape, np.float32)
     if stain.cytoplasm and channel != "membrane":
         around = np.exp(-np.maximum(share - 1, 0) / np.float32(0.25))
         result += np.float32(stain.cytoplasm * stain.nucleus) * around * (owner == 0) * (painted.nearest_object > 0)
     if channel != "nucleus" and stain.membrane:
         # Relative distances become micrometres by the mean radius; half of a gap of two lies on either side.
-        scale = np.float32(scene.objects.diameter_um / 2 / stain.membrane_um * 2)
-        surface = np.minimum(np.abs(share - 1) * reach, np.where(owner > 0, gap / 2, np.inf))
-        result += np.float32(stain.membrane) * np.exp(-((surface * scale) ** 2)) * (painted.nearest_object > 0)
+        scale = np.float32(_membranes_in_radius(scene))
+        share -= 1
+        surface = np.abs(share, out=share)
+        surface *= np.float32(reach)
+        gap /= 2
+        gap[owner == 0] = np.inf
+        np.minimum(surface, gap, out=surface)
+        surface *= scale
+        surface *= -surface
+        np.exp(surface, out=surface)
+        surface *= np.float32(stain.membrane)
+        surface[painted.nearest_object == 0] = 0
+        result += surface
     return result
 
 
@@ -78,24 +115,57 @@ def _texture(scene: Scene, region: Region, spacing_um: Array) -> Array:
     coarse = smooth_noise((*scene.seed, _COARSE), region.start, region.stop, stain.texture_um / spacing_um)
     fine_um = _FINE_SHARE * stain.texture_um
     fine = smooth_noise((*scene.seed, _FINE), region.start, region.stop, fine_um / spacing_um)
-    mixed = np.clip(0.7 * (fine + coarse), -_LIMIT, _LIMIT)
-    result: Array = np.maximum(1 + np.float32(stain.texture) * mixed, 0.1)
+    fine = fine + coarse
+    fine *= np.float32(0.7)
+    np.clip(fine, -_LIMIT, _LIMIT, out=fine)
+    fine *= np.float32(stain.texture)
+    fine += 1
+    result: Array = np.maximum(fine, np.float32(0.1), out=fine)
     if stain.nucleoli:
         # The darkest share of the coarse texture, with soft edges.
         edge = np.float32(ndtri(stain.nucleoli))
-        result *= np.clip(1 + 2 * (coarse - edge), 0.3, 1)
+        coarse = coarse - edge
+        coarse *= 2
+        coarse += 1
+        result *= np.clip(coarse, 0.3, 1, out=coarse)
     return result
 
 
 def blur_sigmas(optics: Optics, spacing_um: Array) -> tuple[Array, Array]:
-    """Standard deviations (z, y, x) in voxels: of the point spread, and of what widens it further."""
+    """Standard deviations (z, y, x) of the point spread in voxels: at the surface, and of the depth."""
     sharp = optics.psf_um * np.array([optics.psf_ratio, 1, 1]) / spacing_um
-    return sharp, sharp * max(optics.scatter**2 - 1, 0.0) ** 0.5
+    return sharp, sharp * optics.scatter
+
+
+def axial(sigma: float, wings: float, wings_ratio: float) -> list[float]:
+    """Weights of the point spread along z that sum to 1, an odd number of them.
+
+    Args:
+        sigma: standard deviation of its middle, in voxels.
+        wings: share of the light in a Lorentzian, which falls to 0 at `_WINGS_END` of its half-widths.
+        wings_ratio: half-width of that, at half maximum, over that of the middle.
+    """
+    middle = gaussian(sigma)
+    half = (2 * log(2)) ** 0.5 * sigma * wings_ratio
+    reach = floor(_WINGS_END * half)
+    if not wings or len(middle) == 1:
+        return middle
+    places = np.arange(-reach, reach + 1)
+    weights = 1 / (1 + (places / half) ** 2) - 1 / (1 + _WINGS_END**2)
+    weights *= wings / weights.sum()
+    weights[reach - len(middle) // 2 : reach + len(middle) // 2 + 1] += (1 - wings) * np.array(middle)
+    return [float(weight) for weight in weights]
+
+
+def _kernels(sigma: Array, optics: Optics) -> tuple[list[float], list[float], list[float]]:
+    along_z = axial(float(sigma[0]), optics.wings, optics.wings_ratio)
+    return along_z, gaussian(float(sigma[1])), gaussian(float(sigma[2]))
 
 
 def halo(optics: Optics, spacing_um: Array) -> Array:
     """Voxels (z, y, x) that light reaches from one voxel to another, haze left out."""
-    reach: Array = np.sum([[len(gaussian(s)) // 2 for s in sigma] for sigma in blur_sigmas(optics, spacing_um)], axis=0)
+    sigmas = blur_sigmas(optics, spacing_um)
+    reach: Array = np.max([[len(kernel) // 2 for kernel in _kernels(sigma, optics)] for sigma in sigmas], axis=0)
     reach[2] += ceil(abs(_slope(optics, spacing_um)) * reach[0]) + 1
     return reach
 
@@ -108,11 +178,12 @@ def _slope(optics: Optics, spacing_um: Array) -> float:
 def blurred(stain: Array, optics: Optics, spacing_um: Array) -> tuple[Array, Array]:
     """The stain through the point spread at the surface, and through that of the depth; edges are 0 outside."""
     slope = _slope(optics, spacing_um)
-    image = torch.from_numpy(stain)
-    found = []
+    found: list[Array] = []
     for sigma in blur_sigmas(optics, spacing_um):
-        kernels = [gaussian(s) for s in sigma]
-        image = filter_along(filter_along(image, kernels[2], 2), kernels[1], 1)
+        if found and optics.scatter == 1:
+            return found[0], found[0]
+        kernels = _kernels(sigma, optics)
+        image = filter_along(filter_along(torch.from_numpy(stain), kernels[2], 2), kernels[1], 1)
         image = _filter_sheared(image, kernels[0], slope) if slope else filter_along(image, kernels[0], 0)
         found.append(image.numpy())
     return found[0], found[1]
@@ -161,7 +232,7 @@ def haze(haze_um: float, points_um: Array, masses: Array, region: Region, spacin
     for axis in range(3):
         smooth = filter_along(smooth, kernel, axis)
     result: Array = smooth.numpy()
-    for axis in range(3):
+    for axis in (2, 1, 0):
         places = (np.arange(region.start[axis], region.stop[axis]) + 0.5) * spacing_um[axis] / step_um
         result = between(result, axis, places, int(low[axis]))
     return result
@@ -211,11 +282,18 @@ def recorded(scene: Scene, light: Array, region: Region, channel: int) -> Array:
     voxel's is a function of its place.
     """
     camera = scene.camera
-    shot, read = (white_noise((*scene.seed, stream, channel), region.start, region.stop) for stream in (_SHOT, _READ))
+    shot, read = (_grains(camera, (*scene.seed, stream, channel), region) for stream in (_SHOT, _READ))
     root = np.maximum(np.sqrt(light + np.float32(3 / 8)) + shot / 2, 0)
     counts = np.float32(camera.gain) * (root * root - np.float32(5 / 8)) + np.float32(camera.offset)
     counts += np.float32(camera.read_noise) * read
     return digitised(counts, camera)
+
+
+def _grains(camera: Camera, seed: Sequence[int], region: Region) -> Array:
+    """Noise of unit variance, as far correlated as the camera's is; float32 [d, h, w]."""
+    if not (camera.grain or camera.grain_axial):
+        return white_noise(seed, region.start, region.stop)
+    return filtered_noise(seed, region.start, region.stop, (camera.grain_axial, camera.grain, camera.grain))
 
 
 def digitised(counts: Array, camera: Camera) -> Array:

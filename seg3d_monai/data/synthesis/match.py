@@ -51,6 +51,7 @@ def match_recipe(
     num_scenes: int = 150,
     num_kept: int = 12,
     seed: int = 0,
+    crop_size: Sequence[int] = CROP_SIZE,
     report: Callable[[str], None] | None = None,
 ) -> Match:
     """Narrow a recipe's ranges to scenes that look like an image.
@@ -63,6 +64,7 @@ def match_recipe(
         num_scenes: drawn each round.
         num_kept: the nearest, of all rounds, whose ranges are drawn from next; from 2 to `num_scenes`.
         seed: of all draws.
+        crop_size: (z, y, x) voxels of the scenes that are compared with the image, at most its own.
         report: called with a line for each round.
 
     Raises:
@@ -76,7 +78,7 @@ def match_recipe(
     z, y, _ = (float(size) for size in spacing_um)
     # The image's own counts are whole numbers already.
     recipe = _changed(start, {"voxels": {"plane_um": y, "anisotropy": z / y}, "camera": {"bits": 16.0}})
-    size = tuple(min(a, b) for a, b in zip(CROP_SIZE, image.shape, strict=True))
+    size = tuple(min(a, b) for a, b in zip(crop_size, image.shape, strict=True))
     kept: list[tuple[float, Scene, Statistics]] = []
     distances = []
     for number in range(rounds):

@@ -53,13 +53,12 @@ def white_noise(seed: Sequence[int], start: Places, stop: Places) -> Array:
         return result
     tiles = [range(a // TILE, (b - 1) // TILE + 1) for a, b in zip(start, stop, strict=True)]
     for tile in product(*tiles):
-        drawn = _tile(seed, tile)
         to, come = [], []
         for number, a, b in zip(tile, start, stop, strict=True):
             low, high = max(a, number * TILE), min(b, (number + 1) * TILE)
             to.append(slice(low - a, high - a))
             come.append(slice(low - number * TILE, high - number * TILE))
-        result[tuple(to)] = drawn[tuple(come)]
+        result[tuple(to)] = _tile(seed, tile, tuple(come))
     return result
 
 
@@ -79,6 +78,31 @@ def smooth_noise(seed: Sequence[int], start: Places, stop: Places, sigma: Sequen
     kernels = [gaussian(s / step) for s, step in zip(sigma, steps, strict=True)]
     first = [a // step for a, step in zip(start, steps, strict=True)]
     last = [(b - 1) // step + 2 for b, step in zip(stop, steps, strict=True)]
+    result = _filtered(seed, first, last, kernels)
+    # The last axis first, while the others are short: places side by side in memory are the slowest to pick from.
+    for axis in reversed(range(result.ndim)):
+        a, b, step, low = int(start[axis]), int(stop[axis]), steps[axis], first[axis]
+        if step == 1:
+            result = result[(slice(None),) * axis + (slice(a - low, b - low),)]
+        else:
+            result = between(result, axis, np.arange(a, b) / step, low)
+    return result
+
+
+def filtered_noise(seed: Sequence[int], start: Places, stop: Places, sigma: Sequence[float] | Array) -> Array:
+    """Normal numbers of unit variance: white noise through a Gaussian filter, at every voxel; float32.
+
+    Args:
+        seed: integers >= 0.
+        start: first voxel along each axis, may be negative.
+        stop: one past the last.
+        sigma: standard deviation of the filter along each axis, voxels.
+    """
+    return _filtered(seed, [int(a) for a in start], [int(b) for b in stop], [gaussian(s) for s in sigma])
+
+
+def _filtered(seed: Sequence[int], first: Sequence[int], last: Sequence[int], kernels: Sequence[list[float]]) -> Array:
+    """White noise from `first` to before `last` through kernels, scaled to unit variance."""
     radii = [len(kernel) // 2 for kernel in kernels]
     field = torch.from_numpy(
         white_noise(
@@ -87,10 +111,7 @@ def smooth_noise(seed: Sequence[int], start: Places, stop: Places, sigma: Sequen
     )
     for axis, (kernel, radius) in enumerate(zip(kernels, radii, strict=True)):
         field = filter_along(field, kernel, axis).narrow(axis, radius, field.shape[axis] - 2 * radius)
-    field = field / prod(sum(w * w for w in kernel) for kernel in kernels) ** 0.5
-    result: Array = field.numpy()
-    for axis, (a, b, step, low) in enumerate(zip(start, stop, steps, first, strict=True)):
-        result = between(result, axis, np.arange(a, b) / step, low)
+    result: Array = (field / prod(sum(w * w for w in kernel) for kernel in kernels) ** 0.5).numpy()
     return result
 
 
@@ -110,15 +131,21 @@ def between(array: Array, axis: int, places: Array, first: int) -> Array:
         return np.take(array, number, axis=axis)
     weight = weight.reshape([-1 if a == axis else 1 for a in range(array.ndim)])
     after = np.minimum(number + 1, array.shape[axis] - 1)
-    return np.take(array, number, axis=axis) * (1 - weight) + np.take(array, after, axis=axis) * weight
+    result: Array = np.take(array, number, axis=axis)
+    result *= 1 - weight
+    further = np.take(array, after, axis=axis)
+    further *= weight
+    result += further
+    return result
 
 
-def _tile(seed: Sequence[int], tile: Sequence[int]) -> Array:
-    generator = np.random.Generator(np.random.SFC64((*seed, *(number + _ORIGIN for number in tile))))
-    numbers = generator.integers(0, 2**64 - 1, TILE ** len(tile), dtype=np.uint64, endpoint=True)
-    parts = numbers.view(np.int16).reshape(_SUMMANDS, -1)
-    total = parts[0].astype(np.float32)
+def _tile(seed: Sequence[int], tile: Sequence[int], cells: tuple[slice, ...]) -> Array:
+    """Some cells of a tile; all are drawn, as the generator knows no places."""
+    generator = np.random.SFC64((*seed, *(number + _ORIGIN for number in tile)))
+    numbers = generator.random_raw(TILE ** len(tile))
+    parts = numbers.view(np.int16).reshape([_SUMMANDS] + [TILE] * len(tile))
+    total: Array = parts[0][cells].astype(np.float32)
     for part in parts[1:]:
-        total += part
+        total += part[cells]
     total *= np.float32(_SUMMANDS * (2.0**32 - 1) / 12) ** np.float32(-0.5)
-    return total.reshape([TILE] * len(tile))
+    return total

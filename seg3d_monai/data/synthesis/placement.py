@@ -54,9 +54,9 @@ class Shapes:
         """Several together, in order."""
         return cls(**{each.name: np.concatenate([getattr(p, each.name) for p in parts]) for each in fields(cls)})
 
-    def radius(self, direction: Array) -> Array:
-        """Distances of the undeformed surfaces from the centres along unit vectors [G, 3]; micrometres [G]."""
-        return 1 / np.linalg.norm(np.einsum("gij,gj->gi", self.axes, direction), axis=1)
+    def radius(self, direction: Array, which: Array | slice = slice(None)) -> Array:
+        """Distances of undeformed surfaces, of some, from the centres along unit vectors [K, 3]; micrometres [K]."""
+        return 1 / np.linalg.norm(np.einsum("gij,gj->gi", self.axes[which], direction), axis=1)
 
 
 def draw_shapes(rng: np.random.Generator, number: int, objects: Objects) -> Shapes:
@@ -144,23 +144,27 @@ def _attach(new: Shapes, distance: Array, placed: Shapes, tree: cKDTree) -> None
     _, nearest = tree.query(new.centre)
     offset = new.centre - placed.centre[nearest]
     direction = offset / np.maximum(np.linalg.norm(offset, axis=1, keepdims=True), 1e-9)
-    radii = placed[nearest].radius(direction) + new.radius(direction)
+    radii = placed.radius(direction, nearest) + new.radius(direction)
     new.centre[:] = placed.centre[nearest] + direction * (radii * distance)[:, None]
 
 
 def _too_close(
     one: Shapes, one_tree: cKDTree, other: Shapes, other_tree: cKDTree, closeness: float
 ) -> tuple[Array, Array]:
-    """Pairs, number in `one` and number in `other`, that lie closer than allowed."""
+    """Pairs, number in `one` and number in `other`, that lie closer than allowed; of one with itself lower first."""
     if not (len(one) and len(other)):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     farthest = closeness * float(one.reach_um.max() + other.reach_um.max())
-    near = one_tree.sparse_distance_matrix(other_tree, farthest, output_type="ndarray")
-    first, second, apart = near["i"], near["j"], near["v"]
+    if one is other:  # each pair once
+        first, second = one_tree.query_pairs(farthest, output_type="ndarray").T
+        apart = np.linalg.norm(one.centre[first] - one.centre[second], axis=1)
+    else:
+        near = one_tree.sparse_distance_matrix(other_tree, farthest, output_type="ndarray")
+        first, second, apart = near["i"], near["j"], near["v"]
     may = (apart > 0) & (apart < closeness * (one.reach_um[first] + other.reach_um[second]))
     first, second, apart = first[may], second[may], apart[may]
     direction = (other.centre[second] - one.centre[first]) / apart[:, None]
-    radii = one[first].radius(direction) + other[second].radius(direction)
+    radii = one.radius(direction, first) + other.radius(direction, second)
     close = apart < closeness * radii
     return first[close], second[close]
 
@@ -171,8 +175,6 @@ def _lower_numbers_first(new: Shapes, closeness: float) -> Array:
     if len(new) > 1:
         tree = cKDTree(new.centre)
         first, second = _too_close(new, tree, new, tree, closeness)
-        ordered = first < second
-        first, second = first[ordered], second[ordered]
         for i, j in sorted(zip(second.tolist(), first.tolist(), strict=True)):
             if stays[j]:
                 stays[i] = False

@@ -19,7 +19,9 @@ Given = float | tuple[float, float]
 """A number, or the smallest and the largest."""
 
 
-def number(default: float, *, low: float = 0.0, high: float = float("inf"), is_scale: bool = False) -> Any:
+def number(
+    default: float, *, low: float = 0.0, high: float = float("inf"), is_scale: bool = False, is_late: bool = False
+) -> Any:
     """A field of a group.
 
     Args:
@@ -28,8 +30,10 @@ def number(default: float, *, low: float = 0.0, high: float = float("inf"), is_s
         high: largest value.
         is_scale: whether ranges are drawn from by ratio, as of lengths and light: 1 to 4 gives 1 to 2 in half of the
             scenes. Least values of 0 are then excluded.
+        is_late: whether it is drawn from a stream of its own, as numbers are that came when recipes were in use: scenes
+            of a seed stay as they were.
     """
-    return field(default=default, metadata={"low": low, "high": high, "is_scale": is_scale})
+    return field(default=default, metadata={"low": low, "high": high, "is_scale": is_scale, "is_late": is_late})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +74,13 @@ class Group:
         return found
 
     @classmethod
-    def drawn(cls, ranges: Mapping[str, Given], rng: np.random.Generator) -> Self:
-        """Draw a number from every range, in the order of the fields."""
+    def drawn(cls, ranges: Mapping[str, Given], rng: np.random.Generator, late: np.random.Generator) -> Self:
+        """Draw a number from every range, in the order of the fields; of late ones from `late`."""
         found = {}
         for known in fields(cls):
             value = ranges[known.name]
-            share = rng.random()  # also for numbers, so that a narrower range leaves the other draws as they are
+            # Also for numbers, so that a narrower range leaves the other draws as they are.
+            share = (late if known.metadata["is_late"] else rng).random()
             found[known.name] = _between(value, share, known.metadata["is_scale"]) if _is_range(value) else value
         return cls(**found)
 

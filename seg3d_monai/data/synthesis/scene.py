@@ -142,6 +142,9 @@ class Optics(Group):
         vignetting: loss of light at the sheet's ends.
         stripes: standard deviation of the shadows along the sheet's way.
         stripe_um: their width.
+        wings: share of a point's light that the sheet's tails spread far along z, as a Lorentzian: bright objects then
+            trail streaks along z.
+        wings_ratio: half-width of that over the point spread's along z.
     """
 
     psf_um: float = number(0.55, is_scale=True)
@@ -155,6 +158,8 @@ class Optics(Group):
     vignetting: float = number(0.3, high=0.95)
     stripes: float = number(0.1, high=0.6)
     stripe_um: float = number(4.0, is_scale=True)
+    wings: float = number(0.0, high=1.0, is_late=True)
+    wings_ratio: float = number(2.0, low=1.0, high=6.0, is_scale=True, is_late=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +173,9 @@ class Camera(Group):
         read_noise: standard deviation, counts.
         white_level: counts at which the camera saturates, in brightnesses of an average object.
         bits: whole numbers that the camera knows, as a power of 2.
+        grain: how far its noise is correlated within planes, as the standard deviation of a filter in voxels: images
+            that were resampled.
+        grain_axial: that along z.
     """
 
     photons: float = number(240.0, is_scale=True)
@@ -176,6 +184,8 @@ class Camera(Group):
     read_noise: float = number(4.0)
     white_level: float = number(20.0, is_scale=True)
     bits: float = number(16.0, low=6.0, high=16.0)
+    grain: float = number(0.0, high=3.0, is_late=True)
+    grain_axial: float = number(0.0, high=3.0, is_late=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,9 +281,9 @@ class Recipe:
     def scene(self, seed: Seed) -> Scene:
         """The scene of a seed; the same seed gives the same numbers."""
         numbers = (int(seed),) if isinstance(seed, int | np.integer) else tuple(int(n) for n in seed)
-        rng = np.random.default_rng((*numbers, _DRAWS))
-        depth = _Depth.drawn({"depth_um": self.depth_um}, rng).depth_um
-        groups = {name: group.drawn(self.ranges[name], rng) for name, group in GROUPS.items()}
+        rng, late = (np.random.default_rng((*numbers, stream)) for stream in (_DRAWS, _LATE_DRAWS))
+        depth = _Depth.drawn({"depth_um": self.depth_um}, rng, late).depth_um
+        groups = {name: group.drawn(self.ranges[name], rng, late) for name, group in GROUPS.items()}
         return Scene(seed=numbers, depth_um=depth, **groups)  # type: ignore[arg-type]
 
     def described(self) -> dict[str, Any]:
@@ -309,8 +319,8 @@ class _Depth(Group):
     depth_um: float = number(0.0)
 
 
-_DRAWS = 7
-"""Stream of the numbers, after the seed."""
+_DRAWS, _LATE_DRAWS = 7, 18
+"""Streams of the numbers, after the seed."""
 
 
 def _end(value: Given, which: int) -> float:

@@ -81,7 +81,7 @@ class SyntheticStack:
                 f"{scene.objects.fill * len(placed) / wanted:.3g}. Lower it or objects.closeness"
             )
         self.cells: Cells = as_cells(np.random.default_rng((*scene.seed, _LOBES)), placed)
-        self._painter = Painter(self.cells, self._spacing, scene.objects.reach)
+        self._painter = Painter(self.cells, self._spacing, *light.painted_range(scene))
         self._brightness = light.brightness(scene, self.cells)
         self._centres, self._masses = self.cells.centres(), self.cells.volumes() * self._brightness[1:]
         self._structures = structures(scene, self.extent_um, self.cells.num_objects)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from seg3d_monai.data.synthesis import Scene, light
+from seg3d_monai.data.synthesis.noise import gaussian
 from seg3d_monai.data.synthesis.region import Region
 from seg3d_monai.data.synthesis.scene import Background, Camera, Optics
 from seg3d_monai.data.synthesis.structures import Structures, add_structures, structures
@@ -36,6 +37,31 @@ def test_a_point_gets_the_point_spread_and_deep_down_a_wider_one() -> None:
     assert spread_um(sharp) == pytest.approx([3.0, 1.2, 1.2], rel=0.05)
     assert spread_um(wide) == pytest.approx([4.5, 1.8, 1.8], rel=0.06)
     assert (light.halo(optics, SPACING) >= 3 * np.array([3.0, 1.2, 1.2]) / SPACING).all()
+
+
+def test_wings_are_a_lorentzian_beside_the_gaussian() -> None:
+    assert light.axial(2.0, 0.0, 3.0) == gaussian(2.0)
+    assert light.axial(0.0, 0.5, 2.0) == gaussian(0.0)
+    for wings in (0.3, 1.0):
+        weights = np.array(light.axial(2.0, wings, 2.0))
+        middle = len(weights) // 2
+        assert weights.sum() == pytest.approx(1)
+        assert np.array_equal(weights, weights[::-1])
+        half = 2 * 2.0 * (2 * np.log(2)) ** 0.5
+        places = np.arange(-middle, middle + 1)
+        lorentzian = 1 / (1 + (places / half) ** 2) - 1 / 26  # which is 0 at five half-widths
+        assert middle == int(5 * half)
+        beyond = np.abs(places) > 6  # three standard deviations
+        assert weights[beyond] == pytest.approx(wings * (lorentzian / lorentzian.sum())[beyond])
+    stain = np.zeros((41, 9, 9), np.float32)
+    stain[20, 4, 4] = 1
+    optics = replace(CLEAR, psf_um=0.3, psf_ratio=6.0, wings=0.6, wings_ratio=2.0, scatter=1.0)
+    sharp, wide = light.blurred(stain, optics, SPACING)
+    assert np.array_equal(sharp, wide)
+    along = sharp.sum(axis=(1, 2))
+    kernel = np.array(light.axial(1.2, 0.6, 2.0))
+    assert light.halo(optics, SPACING)[0] == len(kernel) // 2
+    assert along[20 - len(kernel) // 2 : 21 + len(kernel) // 2] == pytest.approx(kernel, abs=1e-6)
 
 
 def test_a_tilted_sheet_leans() -> None:
@@ -93,6 +119,18 @@ def test_counts_have_poissons_mean_and_variance(photons: float) -> None:
     assert -0.02 * photons < (counts.var() - 900) / 400 - photons < 0.6 + 0.02 * photons
     other = light.recorded(scene, expected, region(30, 60, 60), 1)
     assert abs(np.corrcoef(other.ravel(), counts.ravel())[0, 1]) < 0.02
+
+
+def test_noise_has_its_strength_and_its_grain() -> None:
+    camera = Camera(gain=20, offset=2000, read_noise=0, photons=1000, grain=0.7, grain_axial=0.4)
+    expected = np.full((30, 60, 60), 300, np.float32)
+    counts = light.recorded(Scene(camera=camera), expected, region(30, 60, 60), 0).astype(np.float64)
+    assert counts.var() == pytest.approx(400 * 300, rel=0.05)
+    for axis, sigma in ((0, 0.4), (1, 0.7), (2, 0.7)):
+        weights = np.array(gaussian(sigma))
+        wanted = (weights[1:] * weights[:-1]).sum() / (weights**2).sum()
+        one, other = np.delete(counts, 0, axis).ravel(), np.delete(counts, -1, axis).ravel()
+        assert np.corrcoef(one, other)[0, 1] == pytest.approx(wanted, abs=0.02)
 
 
 def test_a_camera_saturates_and_has_so_many_levels() -> None:

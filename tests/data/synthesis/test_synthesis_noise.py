@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from seg3d_monai.data.synthesis.noise import between, gaussian, smooth_noise, white_noise
+from seg3d_monai.data.synthesis.noise import between, filtered_noise, gaussian, smooth_noise, white_noise
 
 
 def test_white_noise_is_a_function_of_the_place() -> None:
@@ -46,6 +46,15 @@ def test_smooth_noise_has_unit_variance_and_its_length() -> None:
         moved = np.roll(noise, round(2 * sigma), axis)
         # White noise through a Gaussian of s is correlated by exp(-d^2 / 4 s^2).
         assert (noise * moved).mean() / noise.var() == pytest.approx(np.exp(-1), abs=0.08)
+
+
+def test_filtered_noise_is_a_function_of_the_place_and_of_unit_variance() -> None:
+    start, stop, sigma = (-5, 0, 3), (30, 70, 60), (0.0, 0.8, 1.4)
+    whole = filtered_noise((6,), start, stop, sigma)
+    part = filtered_noise((6,), (2, 31, 20), (9, 40, 59), sigma)
+    assert np.array_equal(part, whole[7:14, 31:40, 17:56])
+    assert np.array_equal(filtered_noise((6,), start, stop, (0, 0, 0)), white_noise((6,), start, stop))
+    assert whole.std() == pytest.approx(1, abs=0.02)
 
 
 def test_gaussian_weights() -> None:

@@ -45,6 +45,23 @@ def test_the_same_seed_draws_the_same_scene_and_one_range_leaves_the_others() ->
     assert other.objects == replace(one.objects, fill=0.2)
 
 
+def test_numbers_that_came_later_leave_the_scenes_of_a_seed_as_they_were() -> None:
+    plain = Recipe({"optics": {"psf_um": [0.3, 0.9]}, "camera": {"photons": [10, 90], "bits": [8, 16]}})
+    both = Recipe(
+        {
+            "optics": {"psf_um": [0.3, 0.9], "wings": [0.1, 0.8], "wings_ratio": [1, 4]},
+            "camera": {"photons": [10, 90], "bits": [8, 16], "grain": [0, 1]},
+        }
+    )
+    one, other = plain.scene(5), both.scene(5)
+    assert other.optics.wings != one.optics.wings == 0
+    assert replace(other.optics, wings=0.0, wings_ratio=2.0) == one.optics
+    assert replace(other.camera, grain=0.0) == one.camera
+    # Drawn from the streams that the scenes of a seed always had.
+    share = np.random.default_rng((5, 7)).random(1 + 2 + 13 + 11 + 9 + 1)[-1]
+    assert one.optics.psf_um == pytest.approx(0.3 * 3**share)
+
+
 def test_a_recipe_comes_back_from_its_file(tmp_path: Any) -> None:
     file = tmp_path / "own.json"
     for name in PRESETS:

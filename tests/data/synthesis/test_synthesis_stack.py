@@ -21,7 +21,14 @@ BUSY = Background(specks=0.4, fibres=3.0)
 @pytest.mark.parametrize("channels", [1, 2])
 def test_any_region_is_the_same_as_of_the_whole(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack_module, "TILE", (7, 24, 19))
-    scene = Scene(seed=(3,), objects=MIXED, background=BUSY, optics=Optics(tilt_degrees=8), stain=Stain(membrane=0.5))
+    scene = Scene(
+        seed=(3,),
+        objects=MIXED,
+        background=BUSY,
+        optics=Optics(tilt_degrees=8, wings=0.4),
+        stain=Stain(membrane=0.5),
+        camera=Camera(grain=0.6, grain_axial=0.3),
+    )
     stack = SyntheticStack(scene, (18, 50, 61), channels=channels)
     image, labels = stack.whole()
     assert (image.dtype, image.shape, labels.dtype) == (np.uint16, (channels, 18, 50, 61), np.uint32)
