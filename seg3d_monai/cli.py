@@ -4,14 +4,14 @@ Each command is a thin door: it imports the room it opens when it runs (so that 
 its own. `train` and `predict` run the bundle's own configuration files with `monai.bundle.run`, so anything possible
 through `python -m monai.bundle run` is possible here and the other way round.
 
-A mistake of the user is one line on stderr, `seg3d: error: ...`, and exit code 2; `SEG3D_TRACEBACK=1` shows where it
-arose. Every other exception is a defect of the package and keeps its traceback.
+A mistake of the user is one line on stderr, `seg3d: error: ...`, and exit code 2; `--debug`, anywhere among the words,
+or `SEG3D_TRACEBACK=1` shows where it arose. Every other exception is a defect of the package and keeps its traceback.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from json import dumps  # `json` is an option of evaluate
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from seg3d_monai import (
     cli_tune,
     cli_view,
 )
-from seg3d_monai.cli_arguments import UsageError, bind, given, help_text, nearest, numbers
+from seg3d_monai.cli_arguments import UsageError, bind, file_to_write, given, help_text, nearest, numbers
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
-from seg3d_monai.user_errors import one_line, user_error, wants_traceback
+from seg3d_monai.user_errors import full_disk_names, one_line, user_error, wants_traceback, write_whole
+
+DEBUG = "--debug"
 
 
 def doctor() -> None:
@@ -52,7 +54,8 @@ def train(bundle: str, *, config_file: str | None = None, overlay: str | None = 
     """
     folder = find_bundle(bundle)
     files = config_files(folder, config_file, "train.json") + overlay_files(folder, overlay)
-    run_bundle("training", folder, files, overrides)
+    with full_disk_names(overrides.get("output_dir", "--output_dir")):
+        run_bundle("training", folder, files, overrides)
 
 
 def predict(
@@ -179,8 +182,7 @@ def seam_check(
         halo: Voxels read around a block on every side, one number or "[z,y,x]".
         overrides: Any key of the configuration and its value.
     """
-    if not Path(report).absolute().parent.is_dir():
-        raise FileNotFoundError(f"report {report!r}: its folder does not exist; make it first")
+    file_to_write("REPORT", report, ".json")
     options = {
         "seam_report": literal_path(report),
         "spacing": spacing,
@@ -210,13 +212,14 @@ def relabel(
     """
     from seg3d_monai.inference import relabel_volume
 
-    done = relabel_volume(
-        output,
-        score_threshold=score_threshold,
-        min_volume=min_volume,
-        num_workers=num_workers,
-        progress=sys.stderr.isatty(),
-    )
+    with full_disk_names(output):
+        done = relabel_volume(
+            output,
+            score_threshold=score_threshold,
+            min_volume=min_volume,
+            num_workers=num_workers,
+            progress=sys.stderr.isatty(),
+        )
     print(done)
 
 
@@ -249,19 +252,20 @@ def measure(
     """
     from seg3d_monai.inference import measure_objects
 
-    written = measure_objects(
-        output,
-        image,
-        table=table,
-        atlas=atlas,
-        atlas_spacing=atlas_spacing,
-        spacing=spacing,
-        axes=axes,
-        channels=channels,
-        time=time,
-        level=level,
-        progress=sys.stderr.isatty(),
-    )
+    with full_disk_names(table or output):
+        written = measure_objects(
+            output,
+            image,
+            table=table,
+            atlas=atlas,
+            atlas_spacing=atlas_spacing,
+            spacing=spacing,
+            axes=axes,
+            channels=channels,
+            time=time,
+            level=level,
+            progress=sys.stderr.isatty(),
+        )
     print(f"measurements: {written}")
 
 
@@ -275,12 +279,11 @@ def evaluate(truth: str, prediction: str, *, json: str | None = None) -> None:
     """
     from seg3d_monai.report.evaluate import evaluate_paths
 
-    if json is not None and not Path(json).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json = {json!r}: its folder does not exist; make it first")
+    target = None if json is None else file_to_write("--json", json, ".json")
     result = evaluate_paths(truth, prediction, progress=sys.stderr.isatty())
     print(metrics_table(result))
-    if json is not None:
-        _write_json(Path(json), result)
+    if target is not None:
+        write_whole(target, dumps(result, indent=2) + "\n")
     print(f"F1@0.5 = {result['thresholds']['0.5']['f1']:.3f}")
 
 
@@ -333,8 +336,9 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0 done, 2 a user's mistake, 130 interrupted.
     """
     words = sys.argv[1:] if argv is None else argv
+    is_debugging = DEBUG in words or wants_traceback()
     try:
-        return _dispatch(words)
+        return _dispatch([word for word in words if word != DEBUG])
     except KeyboardInterrupt:
         print("seg3d: interrupted", file=sys.stderr)
         return 130
@@ -344,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         mistake = user_error(error)
-        if mistake is None or wants_traceback():
+        if mistake is None or is_debugging:
             raise
         print(f"seg3d: error: {one_line(mistake)}", file=sys.stderr)
         return 2
@@ -369,7 +373,7 @@ def _dispatch(words: list[str]) -> int:
         raise UsageError(f"unknown command {name} {rest[0]}; {nearest(f'{name} {rest[0]}', group)}")
     if name not in COMMANDS:
         kind = "flag" if name.startswith("-") else "command"
-        raise UsageError(f"unknown {kind} {name}; {nearest(name, [*COMMANDS, '--help', '--version'])}")
+        raise UsageError(f"unknown {kind} {name}; {nearest(name, [*COMMANDS, '--help', '--version', DEBUG])}")
     command = COMMANDS[name]
     if "--help" in rest or "-h" in rest:
         print(help_text(command, f"seg3d {name}"))
@@ -392,6 +396,7 @@ def _overview(names: Iterable[str]) -> str:
     lines = [f"seg3d {__version__}: instance segmentation of cells in 3D light-sheet microscopy", "", "Commands:"]
     lines += [f"  {name:<16} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names]
     lines += ["", "`seg3d COMMAND --help` shows a command's arguments; `seg3d --version` the version."]
+    lines += [f"A mistake is one line and exit code 2; `{DEBUG}`, with any command, shows where it arose."]
     return "\n".join(lines)
 
 
@@ -411,17 +416,8 @@ def _run_inference(
     folder = find_bundle(bundle)
     files = config_files(folder, config_file, "inference.json") + overlay_files(folder, overlay)
     paths = {"input": literal_path(input), "checkpoint": checkpoint and literal_path(checkpoint)}
-    run_bundle(run_id, folder, files, overrides, given({**paths, **options}))
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside the target and rename, so that no reader ever sees half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with full_disk_names(options.get("output") or options["seam_report"]):
+        run_bundle(run_id, folder, files, overrides, given({**paths, **options}))
 
 
 def _number(value: Any) -> str:

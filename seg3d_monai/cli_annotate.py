@@ -4,6 +4,7 @@ import sys
 
 from seg3d_monai.cli_arguments import given
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
+from seg3d_monai.user_errors import full_disk_names
 
 
 def suggest(
@@ -70,7 +71,9 @@ def suggest(
         "seed": seed,
         "device": device,
     }
-    run_bundle("suggest", folder, files + overlay_files(folder, overlay), overrides, given(options))
+    files += overlay_files(folder, overlay)
+    with full_disk_names(output):
+        run_bundle("suggest", folder, files, overrides, given(options))
 
 
 def import_labels(
@@ -107,18 +110,19 @@ def import_labels(
     """
     from seg3d_monai.annotation import import_annotations
 
-    done = import_annotations(
-        folder,
-        manifest,
-        output=output,
-        only=only,
-        accept_unchanged=accept_unchanged,
-        allow_empty=allow_empty,
-        replace_known=replace_known,
-        min_inside=min_inside,
-        specimen_pattern=specimen_pattern,
-        num_workers=num_workers,
-        skip_bad=skip_bad,
-        progress=sys.stderr.isatty(),
-    )
+    with full_disk_names(output or folder):
+        done = import_annotations(
+            folder,
+            manifest,
+            output=output,
+            only=only,
+            accept_unchanged=accept_unchanged,
+            allow_empty=allow_empty,
+            replace_known=replace_known,
+            min_inside=min_inside,
+            specimen_pattern=specimen_pattern,
+            num_workers=num_workers,
+            skip_bad=skip_bad,
+            progress=sys.stderr.isatty(),
+        )
     print(done)

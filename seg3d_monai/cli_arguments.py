@@ -15,6 +15,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from fire import helptext, parser, trace
@@ -201,6 +202,28 @@ def _example(item: Any) -> str:
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that were given; the rest keep the default of whoever is called."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def file_to_write(name: str, path: str, *suffixes: str) -> Path:
+    """A file that a command will write over if it exists, seen to be one that the user can have meant.
+
+    Args:
+        name: Of the argument, as it is shown.
+        path: Its value.
+        suffixes: What the file's name may end in, so that no image is ever written over.
+
+    Raises:
+        UsageError: If it is a folder, or its name ends otherwise.
+        FileNotFoundError: If its folder does not exist.
+    """
+    found = Path(path)
+    if found.suffix.lower() not in suffixes:
+        raise UsageError(f"{name} is {path!r}; give a name that ends in {' or '.join(suffixes)}")
+    if not found.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{name} {path!r}: its folder does not exist; make it first")
+    if found.is_dir():
+        raise UsageError(f"{name} {path!r} is a folder; give the name of a file")
+    return found
 
 
 def numbers(name: str, text: str) -> int | list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 from fire.parser import DefaultParseValue
 
 from seg3d_monai.cli_arguments import UsageError, nearest
+from seg3d_monai.shipped import shipped_bundle, shipped_bundles
 
 # Arguments of monai.bundle.run itself, which no configuration file declares.
 RUN_ARGUMENTS = ("init_id", "final_id", "meta_file", "logging_file", "tracking", "args_file")
@@ -23,18 +24,19 @@ def find_bundle(bundle: str) -> Path:
     """The folder of a bundle.
 
     Args:
-        bundle: A folder, or the name of a folder in ./bundles.
+        bundle: A folder, or the name of a folder in ./bundles or of one of the package's own bundles; `bundles/NAME`,
+            as the configurations call theirs, is the latter wherever the user stands.
 
     Raises:
-        FileNotFoundError: If neither holds configs/.
+        FileNotFoundError: If none of them holds configs/.
     """
-    folders = [Path(bundle), Path("bundles") / bundle, Path(__file__).resolve().parents[1] / "bundles" / bundle]
-    for folder in folders:
+    name = Path(bundle)
+    for folder in (name, Path("bundles") / name, shipped_bundle(name)):
         if (folder / "configs").is_dir():
             return folder
-    if Path(bundle).is_dir():
+    if name.is_dir():
         raise FileNotFoundError(f"bundle {bundle!r} has no folder configs; name a MONAI bundle's own folder")
-    known = {path.parent.name for root in {folders[1].parent, folders[2].parent} for path in root.glob("*/configs")}
+    known = {path.parent.name for root in {Path("bundles"), shipped_bundles()} for path in root.glob("*/configs")}
     raise FileNotFoundError(f"bundle {bundle!r} does not exist; {nearest(Path(bundle).name, known)}")
 
 

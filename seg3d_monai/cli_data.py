@@ -2,9 +2,11 @@
 
 import os
 import sys
+from pathlib import Path
 
-from seg3d_monai.cli_arguments import given, numbers
+from seg3d_monai.cli_arguments import UsageError, given, numbers
 from seg3d_monai.cli_bundle import find_bundle, overlay_files, parse_override
+from seg3d_monai.user_errors import full_disk_names
 
 BUNDLES = ("maskrcnn3d", "maskdino3d", "mask2former3d")
 
@@ -49,7 +51,7 @@ def index(
         read_manifest(manifest, specimen_pattern=specimen_pattern),
         db,
         DataConfig(**given({**sizes, **counts})),
-        num_workers=num_workers or len(os.sched_getaffinity(0)),
+        num_workers=_num_cpus() if num_workers is None else num_workers,
         skip_bad=skip_bad,
         progress=sys.stderr.isatty(),
     )
@@ -102,7 +104,10 @@ def plan(
     parsed = {key: parse_override(key, text) for key, text in overrides.items()}
     folders = [find_bundle(name.strip()) for name in (BUNDLES if bundle == "all" else bundle.split(","))]
     bundles = [(folder, overlay_files(folder, overlay)) for folder in folders]
-    write_plans(db, output, bundles, memory=memory, given=given(named) | parsed, restart=restart)
+    if Path(output).exists() and not Path(output).is_dir():
+        raise UsageError(f"--output {output!r} is a file; give a folder")
+    with full_disk_names(output):
+        write_plans(db, output, bundles, memory=memory, given=given(named) | parsed, restart=restart)
 
 
 def convert(
@@ -167,14 +172,20 @@ def convert(
     }
     from seg3d_monai.data.convert import convert_volume
 
-    done = convert_volume(
-        input,
-        output,
-        labels=labels,
-        skip_bad=skip_bad,
-        restart=restart,
-        dry_run=dry_run,
-        progress=sys.stderr.isatty(),
-        **given(options),
-    )
+    with full_disk_names(output):
+        done = convert_volume(
+            input,
+            output,
+            labels=labels,
+            skip_bad=skip_bad,
+            restart=restart,
+            dry_run=dry_run,
+            progress=sys.stderr.isatty(),
+            **given(options),
+        )
     print(done.describe(is_plan=dry_run))
+
+
+def _num_cpus() -> int:
+    """CPUs that this process may use, or, where the system does not tell (macOS, Windows), that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

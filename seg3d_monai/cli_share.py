@@ -1,11 +1,11 @@
 """The commands `seg3d bundle check` and `seg3d bundle pack`: doors as those of cli.py, which lists them."""
 
-import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from seg3d_monai.cli_arguments import file_to_write
 from seg3d_monai.cli_bundle import find_bundle, overlay_files
+from seg3d_monai.user_errors import full_disk_names, write_whole
 
 
 def check(bundle: str, *, schema: str | None = None, json: str | None = None, trust: bool = False) -> None:
@@ -20,8 +20,7 @@ def check(bundle: str, *, schema: str | None = None, json: str | None = None, tr
         json: File for all results.
         trust: Also run what was marked.
     """
-    if json is not None and not Path(json).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {json!r}: its folder does not exist; make it first")
+    target = None if json is None else file_to_write("--json", json, ".json")
     if schema is not None and not Path(schema).is_file():
         raise FileNotFoundError(f"--schema {schema!r} does not exist; check the path")
     given = None if schema is None else Path(schema)
@@ -30,9 +29,9 @@ def check(bundle: str, *, schema: str | None = None, json: str | None = None, tr
 
         with tempfile.TemporaryDirectory(prefix="seg3d_check_") as folder:
             unpack(Path(bundle), Path(folder))
-            _check(bundle, bundle_within(Path(folder), bundle), given, json, trust)
+            _check(bundle, bundle_within(Path(folder), bundle), given, target, trust)
     else:
-        _check(bundle, find_bundle(bundle), given, json, trust)
+        _check(bundle, find_bundle(bundle), given, target, trust)
 
 
 def pack(
@@ -63,21 +62,22 @@ def pack(
     overlays = [Path(file) for file in overlay_files(folder, overlay)]
     from seg3d_monai.sharing.pack import pack_bundle
 
-    packed = pack_bundle(
-        folder,
-        Path(out),
-        checkpoint=None if checkpoint is None else Path(checkpoint),
-        overlays=overlays,
-        safetensors=safetensors,
-        version=version,
-        changes=changelog,
-        overwrite=overwrite,
-    )
+    with full_disk_names(out):
+        packed = pack_bundle(
+            folder,
+            Path(out),
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            overlays=overlays,
+            safetensors=safetensors,
+            version=version,
+            changes=changelog,
+            overwrite=overwrite,
+        )
     weights = "no weights: give --checkpoint to put them in" if packed.weights is None else f"weights {packed.weights}"
     print(f"packed: {packed.file}, {len(packed.names)} files, {weights}")
 
 
-def _check(shown: str, folder: Path, schema: Path | None, json_file: str | None, trust: bool) -> None:
+def _check(shown: str, folder: Path, schema: Path | None, json_file: Path | None, trust: bool) -> None:
     from seg3d_monai.sharing.check import FAILED, check_format, read_content
     from seg3d_monai.sharing.report import as_json, code_check, listing, table
 
@@ -94,17 +94,7 @@ def _check(shown: str, folder: Path, schema: Path | None, json_file: str | None,
         checks += check_run(content)
     print("\n".join(table(checks)))
     if json_file is not None:
-        _write_json(Path(json_file), as_json(shown, content, checks))
+        write_whole(json_file, as_json(shown, content, checks))
     failed = [check.name for check in checks if check.result == FAILED]
     if failed:
         raise ValueError(f"bundle {shown!r}: {len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
-
-
-def _write_json(path: Path, text: Any) -> None:
-    """Write beside the target and rename, so that no reader ever sees half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

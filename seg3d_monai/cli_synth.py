@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from seg3d_monai.cli_arguments import given
+from seg3d_monai.cli_arguments import file_to_write, given
+from seg3d_monai.user_errors import full_disk_names, write_whole
 
 MOST_VOXELS = (64, 192, 192)
 """A larger image is looked at in its middle."""
@@ -55,7 +56,8 @@ def synth(
     from seg3d_monai.data.synthetic import write_specimen
 
     folder = Path(options.pop("out"))
-    print(f"manifest: {write_specimen(folder, report=print, **options)}")
+    with full_disk_names(folder):
+        print(f"manifest: {write_specimen(folder, report=print, **options)}")
 
 
 def match(
@@ -91,9 +93,7 @@ def match(
     from seg3d_monai.data import open_volume
     from seg3d_monai.data.synthesis import match_recipe, read_recipe
 
-    target = Path(recipe)
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{recipe!r}: its folder does not exist; make it first")
+    target = file_to_write("RECIPE", recipe, ".json")
     begin = read_recipe(start)
     volume = open_volume(image, axes=axes, spacing=spacing, channels=channel)
     if volume.spacing_um is None:
@@ -106,5 +106,5 @@ def match(
     ]
     options = given({"rounds": rounds, "num_scenes": num_scenes, "seed": seed})
     found = match_recipe(volume.read(region)[0], volume.spacing_um, begin, report=print, **options)
-    target.write_text(json.dumps(found.recipe.described(), indent=2) + "\n", encoding="utf-8")
+    write_whole(target, json.dumps(found.recipe.described(), indent=2) + "\n")
     print(f"recipe: {target}")

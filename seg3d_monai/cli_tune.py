@@ -2,6 +2,7 @@
 
 from seg3d_monai.cli_arguments import given
 from seg3d_monai.cli_bundle import config_files, find_bundle, literal_path, overlay_files, run_bundle
+from seg3d_monai.user_errors import full_disk_names
 
 
 def tune(
@@ -60,4 +61,6 @@ def tune(
         "halo": halo,
         "device": device,
     }
-    run_bundle("tuning", folder, files + overlay_files(folder, overlay), overrides, given(options))
+    files += overlay_files(folder, overlay)
+    with full_disk_names(out or output_dir):
+        run_bundle("tuning", folder, files, overrides, given(options))

@@ -35,6 +35,9 @@ EXTRAS = {
     "cluster": ("ray", "deepspeed"),
     "view": ("napari", "napari_ome_zarr"),
     "formats": ("pylibCZIrw", "h5py", "hdf5plugin", "z5py", "aiohttp"),
+    "tracking": ("tensorboard", "mlflow"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "share": ("jsonschema", "safetensors", "yaml"),
     "dev": ("pytest", "ruff", "mypy"),
 }
 
@@ -60,7 +63,7 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "ops", _ops()
     for extra, modules in EXTRAS.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        hint = f'without {", ".join(missing)}; from the repository: pip install -e ".[{extra}]"'
+        hint = f'without {", ".join(missing)}; pip install "seg3d_monai[{extra}]"'
         yield f"extra {extra}", hint if missing else "installed"
     free = shutil.disk_usage(Path.cwd()).free
     yield "free disk", f"{free / 2**30:.1f} GiB in the working directory"

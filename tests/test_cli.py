@@ -218,8 +218,8 @@ def test_doctor_reports(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (FileNotFoundError(2, "No such file or directory", "a.tif"), "No such file or directory: a.tif"),
-        (PermissionError(13, "Permission denied", "b"), "Permission denied: b"),
+        (FileNotFoundError(2, "No such file", "a.tif"), "No such file: a.tif; check the path"),
+        (PermissionError(13, "Denied", "b"), "Denied: b; check its permissions, or choose another"),
         (ValueError("first\n  second.\nthird"), "first; second. third"),
         (ValueError(""), "ValueError"),
     ],

@@ -119,6 +119,10 @@ def suggest_regions(
     output, index = Path(output), CropIndex(db)
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy={strategy!r} is unknown; use one of {', '.join(get_args(Strategy))}")
+    if not 0.0 <= accept_score <= 1.0:
+        raise ValueError(f"accept_score={accept_score} (--score_threshold) is not a score; use a number from 0 to 1")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed={seed!r} cannot be used; give an integer >= 0")
     if len(margin) != 3 or min(margin) < 0:
         raise ValueError(f"margin={list(margin)} is not three voxel counts from 0; give [z,y,x]")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

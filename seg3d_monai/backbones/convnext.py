@@ -162,6 +162,9 @@ def convnext_backbone(
         stage_strides: (z, y, x) stride before each of the four stages.
         layer_scale, activation_checkpointing: see `ConvNeXt`.
 
+    Returns:
+        The backbone, with fresh weights.
+
     Raises:
         ValueError: another size, and as `ConvNeXt`.
     """

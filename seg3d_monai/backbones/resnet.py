@@ -158,6 +158,9 @@ def resnet_backbone(
         stage_strides: (z, y, x) stride of each of the four stages.
         activation_checkpointing, norm: see `ResNet`.
 
+    Returns:
+        The backbone, with fresh weights.
+
     Raises:
         ValueError: another depth.
     """

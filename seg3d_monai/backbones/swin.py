@@ -183,6 +183,9 @@ def swin_backbone(
         window_size: (z, y, x) cells of a window.
         activation_checkpointing: see `Swin`.
 
+    Returns:
+        The backbone, with fresh weights.
+
     Raises:
         ValueError: another size, and as `Swin`.
     """

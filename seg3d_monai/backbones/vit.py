@@ -180,6 +180,9 @@ def vit_backbone(
         patch_size: (z, y, x) voxels of a patch, the stride of level c3.
         activation_checkpointing: see `ViT`.
 
+    Returns:
+        The backbone, with fresh weights.
+
     Raises:
         ValueError: another size, and as `ViT`.
     """

@@ -79,10 +79,13 @@ class CropDataset(Dataset[CropSample]):
             pre-training. All voxels are then ignore, no crop has an instance, and all draws are by position.
         cache_bytes: bytes of decoded chunks that a process keeps; None keeps 1 GiB. A loader's worker then keeps 128
             MiB, or its share of 1 GiB if all volumes fit into that (at 2 bytes a voxel).
+        in_channels: channels that the network takes, to be compared with the volumes'; None takes any.
+        num_classes: foreground classes that the network knows, likewise.
 
     Raises:
-        ValueError: for arguments out of range, an unknown column, when no crop matches, and, naming them, for volumes
-            without a voxel size where a target is set.
+        ValueError: for arguments out of range, an unknown column, when no crop matches, for volumes with other
+            channels or more classes than the network, and, naming them, for volumes without a voxel size where a
+            target is set.
     """
 
     def __init__(
@@ -104,6 +107,8 @@ class CropDataset(Dataset[CropSample]):
         min_object_voxels: int | None = None,
         images_only: bool = False,
         cache_bytes: int | None = None,
+        in_channels: int | None = None,
+        num_classes: int | None = None,
     ) -> None:
         size = tuple(int(n) for n in (index.crop_size if crop_size is None else crop_size))
         if len(size) != 3 or min(size) < 1:
@@ -146,6 +151,23 @@ class CropDataset(Dataset[CropSample]):
         if len(channels) > 1:
             raise ValueError(f"the volumes have {channels} channels; select equal ones, such as where='channels == 1'")
         self.num_channels = channels[0]
+        if in_channels not in (None, self.num_channels):
+            raise ValueError(f"in_channels={in_channels!r}, and the volumes have {self.num_channels}; give that many")
+        if num_classes is not None and not images_only:
+            self._check_classes(num_classes)
+
+    def _check_classes(self, num_classes: int) -> None:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes={num_classes!r} is no number of classes; give an integer >= 1")
+        if self.index.num_classes <= num_classes:
+            return
+        for volume in self._sampler.volumes:  # those that are left out may have more
+            last = int(self.index.instances(volume.id).classes.max(initial=0))
+            if last >= num_classes:
+                raise ValueError(
+                    f"num_classes={num_classes}, and {volume.name} has objects of class {last}; classes count from 0, "
+                    f"so give {last + 1} or more"
+                )
 
     @cached_property
     def spacing_um(self) -> Spacing | None:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def build_index(
         ValueError: for labels that are not ids, image and label of different shapes, chunks that cannot be decoded,
             voxels that are not finite, label ids without a class, one image in two splits, a file or a manifest that
             was changed meanwhile, a file at `db` that is no index, and a manifest without labels.
-        OSError: the disk is full.
+        OSError: the disk is full or fails.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers={num_workers} is not a number of processes; use 1 or more")
@@ -127,9 +127,14 @@ def build_index(
                     else found
                     for position, found in enumerate(kept)
                 ]
-                _write_index(target, manifest, rows, files, sources, meta)
+                _write_index(target, manifest, rows, files, sources, meta, known.close)
             _remove(journal_path)
     except sqlite3.OperationalError as error:
+        if "disk I/O" in str(error):  # a quota that is used up, too
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target)) from error
+        if any(text in str(error) for text in ("unable to open", "readonly")):
+            text = f"{target} cannot be written to ({error}); check the permissions of the file and of its folder"
+            raise ValueError(text) from error
         if "full" not in str(error):
             raise
         text = "the disk is full; make room and run it again, it goes on where it was"
@@ -183,6 +188,10 @@ class _Known:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         if self._connection is not None:
             self._connection.close()
 
@@ -275,6 +284,7 @@ def _write_index(
     files: Sequence[Mapping[str, Volume]],
     sources: Sequence[_Source],
     meta: Mapping[str, Any],
+    close_old: Callable[[], None],
 ) -> None:
     """Write the volumes in the order of the manifest: the same file, whichever way the rows came here."""
     new = target.with_name(f"{target.name}.new")
@@ -297,8 +307,9 @@ def _write_index(
             connection.execute("ANALYZE")
         if manifest.digest is not None and _digest_now(manifest.file) != manifest.digest:
             raise ValueError(f"{manifest.file}: was edited while its volumes were indexed; run it again, it goes on")
-        with new.open("rb") as written:
+        with new.open("r+b") as written:  # Windows flushes only what was opened for writing
             os.fsync(written.fileno())
+        close_old()  # Windows replaces no file that is open
         new.replace(target)
     finally:
         new.unlink(missing_ok=True)

@@ -77,6 +77,8 @@ def read_meta(path: Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no index, or one of another format.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the SQLite file of a crop index")
     if not path.is_file():
         raise FileNotFoundError(f"there is no crop index at {path}; build it with `seg3d index MANIFEST DB`")
     connection = connect_readonly(path)

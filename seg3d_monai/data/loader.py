@@ -36,6 +36,9 @@ def collate_crops(samples: Sequence[Any]) -> CropBatch:
     Args:
         samples: crops of equal shape, at least one.
 
+    Returns:
+        The same keys; "image" is [N, C, D, H, W], everything else a list of N.
+
     Raises:
         ValueError: if there is none, or their shapes differ.
     """
@@ -127,6 +130,9 @@ class CropLoader(DataLoader[CropBatch]):
     ) -> None:
         if not isinstance(dataset, Sized):
             raise TypeError(f"dataset={dataset!r} has no length; give a CropDataset")
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} cannot be used; give an integer >= {least}")
         sampler = EpochSampler(
             num_samples=len(dataset),
             shuffle=shuffle,

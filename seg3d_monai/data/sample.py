@@ -26,6 +26,9 @@ def dataset_or_sample(
         num_classes: classes of the sample.
         seed: seed of the sample.
 
+    Returns:
+        Where the volumes are.
+
     Raises:
         ValueError: `sample_dir` holds something else.
     """

@@ -71,7 +71,7 @@ def index_for(
             a manifest that has its own, and for a specimen that would be in two splits (with its volumes).
     """
     config = DataConfig(
-        crop_size=tuple(crop_size),  # type: ignore[arg-type]
+        crop_size=crop_size,  # type: ignore[arg-type]  # which checks that they are three
         stride=None if stride is None else tuple(stride),  # type: ignore[arg-type]
         overlap=None if overlap is None else tuple(overlap),  # type: ignore[arg-type]
         min_voxels=min_voxels,
@@ -108,6 +108,12 @@ def split_by_specimen(
     """Give every row a split, whole specimens at a time, unless the rows bring one; arguments as for `index_for`.
 
     Unlabelled volumes without a split of their own are left without where the others bring one.
+
+    Returns:
+        The rows in the same order.
+
+    Raises:
+        TypeError, ValueError: as `index_for`.
     """
     for name, value in (("val_specimens", val_specimens), ("test_specimens", test_specimens)):
         if isinstance(value, str):

@@ -142,6 +142,8 @@ def write_specimen(
         raise ValueError(
             "train_volumes, val_volumes, test_volumes and unlabelled_volumes are all 0; ask for at least one volume"
         )
+    if int(seed) != seed or seed < 0:
+        raise ValueError(f"seed must be an integer >= 0, got {seed}")
     asked = {"train": train_shape, "val": val_shape, "test": test_shape, "unlabelled": unlabelled_shape}
     shapes = {
         kind: checked_shape(f"{kind}_shape", train_shape if shape is None else shape) for kind, shape in asked.items()
@@ -261,8 +263,11 @@ def _partial(path: Path) -> Path:
 
 def _write_text(path: Path, text: str) -> None:
     partial = _partial(path)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_volume(place: Path, order: _Order, maker: Maker, num_classes: int, annotated_fraction: float) -> None:

@@ -46,6 +46,8 @@ class NucleiModel:
 
 @dataclass(frozen=True)
 class Nucleus:
+    """A deformed ball of one brightness and kind."""
+
     centre: Array  # um, [3]
     axes: Array  # [3, 3]: maps a displacement in um to the unit ball
     reach: float  # um, no point of the nucleus is farther from its centre

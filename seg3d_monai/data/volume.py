@@ -318,11 +318,12 @@ def check_roi(roi: Sequence[int], shape: Sequence[int]) -> Roi:
     return corners
 
 
-def check_spacing(spacing: Sequence[float]) -> Spacing:
+def check_spacing(spacing: Sequence[float], name: str = "spacing") -> Spacing:
     """Check a voxel size.
 
     Args:
         spacing: micrometres per voxel (z, y, x).
+        name: of the argument, for the error.
 
     Returns:
         The three as floats.
@@ -335,7 +336,7 @@ def check_spacing(spacing: Sequence[float]) -> Spacing:
     except (TypeError, ValueError):
         values = []
     if len(values) != 3 or not all(np.isfinite(value) and value > 0 for value in values):
-        raise ValueError(f"spacing={spacing!r} must be three positive numbers, micrometres along (z, y, x)")
+        raise ValueError(f"{name}={spacing!r} must be three positive numbers, micrometres along (z, y, x)")
     return values[0], values[1], values[2]
 
 

@@ -148,7 +148,9 @@ def _open_node(folder: Folder) -> zarr.Array | zarr.Group:
                     return zarr.open_group(place, mode="r", zarr_format=2, use_consolidated=False)
                 return zarr.open(place, mode="r", zarr_format=3, use_consolidated=False)
             except Exception as error:
-                raise ValueError(f"{folder}: its metadata file {name} cannot be read ({error})") from error
+                raise ValueError(
+                    f"{folder}: its metadata file {name} cannot be read ({error}); write or copy it again"
+                ) from error
     if not is_url(folder.place) and not Path(folder.place).is_dir():
         raise FileNotFoundError(f"{folder}: no such file or folder")
     raise ValueError(f"{folder}: no Zarr array or group (none of {', '.join(METADATA_FILES)} is in it)")

@@ -8,7 +8,7 @@ from seg3d_monai.engine.launch import Launcher, join_processes
 from seg3d_monai.engine.nonfinite import NonFiniteLog
 from seg3d_monai.engine.optim import parameter_groups
 from seg3d_monai.engine.provenance import provenance
-from seg3d_monai.engine.reconstruction import ReconstructionEvaluator
+from seg3d_monai.engine.reconstruction import ReconstructionEvaluator, ReconstructionReport
 from seg3d_monai.engine.record import record_run
 from seg3d_monai.engine.replicas import num_processes, rank
 from seg3d_monai.engine.schedule import WarmupCosine, WarmupStableDecay
@@ -27,6 +27,7 @@ __all__ = [
     "NonFiniteLog",
     "Progress",
     "ReconstructionEvaluator",
+    "ReconstructionReport",
     "TensorBoard",
     "TrainerEvents",
     "Tuner",

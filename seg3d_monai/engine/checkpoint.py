@@ -197,6 +197,9 @@ def start_from(
         backbone_weights: of a network with the same backbone, such as one that was pre-trained without labels: only
             what lies beneath pyramids is taken, after `initial_weights`.
 
+    Returns:
+        The network.
+
     Raises:
         FileNotFoundError, ValueError: as `load_weights`.
     """
@@ -283,6 +286,8 @@ def _load(network: _Network, weights: dict[str, Tensor], path: str | Path, *, ad
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; give the checkpoint in it, such as {str(path / 'model.pt')!r}")
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist; train first or give another checkpoint")
     try:
@@ -296,7 +301,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # torch.load raises many kinds for a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{str(path)!r} is damaged ({reason}); delete it or give another checkpoint") from error
+        raise ValueError(
+            f"{str(path)!r} is damaged or no checkpoint ({reason}); give another, or delete it if a training made it"
+        ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{str(path)!r} holds a {type(state).__name__}, not weights; give a checkpoint")
     return state

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
+import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent, ConfigExpression
 from monai.bundle.properties import InferProperties, TrainProperties
@@ -31,6 +32,7 @@ __all__ = ["ENTRY_POINTS", "check_config", "live_parser", "live_workflow"]
 ENTRY_POINTS = (
     *("imports", "initialize", "run", "training", "evaluating", "finalize", "save_execute_config"),
     *("setup", "fit"),  # lists that a Launcher evaluates by name
+    "dense_net_def",  # for MONAI's verify_net_in_out and ckpt_export
 )
 
 Path = tuple[str, ...]
@@ -42,6 +44,9 @@ def live_parser() -> ConfigParser:
 
     Works from `python -m monai.bundle run` and from `ConfigWorkflow` in Python alike, with every file and override
     merged and macros resolved (`live_parser().get()` is the whole config).
+
+    Returns:
+        The parser itself: what is changed in it holds for the run.
 
     Raises:
         RuntimeError: if it is not called, directly or deeper, from a config's expression or component.
@@ -62,6 +67,7 @@ def check_config(entry_points: Iterable[str] = (), *, parser: ConfigParser | Non
 
     Checked: every `_target_` can be imported; every argument is in its target's signature; every `@id` exists; every
     id is reached from what MONAI looks up (the required bundle properties, `ENTRY_POINTS`, the workflow's run ids).
+    `device` and `seed`, where they are written out, are ones that can be used.
     A plain value that is used through a macro (`%id`) only looks unused, since macros become copies: use `@id`.
     Under `python -m monai.bundle` the message is printed without MONAI's traceback and the exit code is 2; a later
     mistake of the user's, a missing file for instance, is then one line too (SEG3D_TRACEBACK=1 shows all).
@@ -84,6 +90,7 @@ def check_config(entry_points: Iterable[str] = (), *, parser: ConfigParser | Non
     if (workflow := live_workflow()) is not None:
         ids |= {workflow.run_id, workflow.init_id, workflow.final_id}
     faults = [*_target_faults(parser, config), *_reference_faults(parser, config), *_unused_faults(parser, config, ids)]
+    faults += [*_device_faults(config), *_seed_faults(config)]
     if not faults:
         return
     if from_shell:
@@ -150,6 +157,32 @@ def _target_faults(parser: ConfigParser, config: dict[str, Any]) -> Iterator[str
         for key in value:
             if valid is not None and key not in valid | ConfigComponent.non_arg_keys | {"_debug_"}:
                 yield f"{_shown((*path, key))}: {name} has no argument {key!r}; {_hint(key, valid)}"
+
+
+def _seed_faults(config: dict[str, Any]) -> Iterator[str]:
+    seed = config.get("seed", 0)
+    is_computed = isinstance(seed, str) and seed.startswith(("$", "@", "%"))
+    if not is_computed and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        yield f"seed: {seed!r} is no seed; give an integer >= 0"
+
+
+def _device_faults(config: dict[str, Any]) -> Iterator[str]:
+    """What torch says only when the network is moved there, and then not as the user's mistake."""
+    named = config.get("device")
+    if not isinstance(named, str) or named.startswith(("$", "@", "%")):
+        return
+    try:
+        device = torch.device(named)
+    except RuntimeError:
+        yield f"device: {named!r} is no device; give cpu, cuda or cuda:1"
+        return
+    runs_elsewhere = config.get("address") or config.get("train_workers") not in (None, 1)
+    if device.type == "cuda" and not runs_elsewhere:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            yield f"device: {named!r} is asked for, and torch finds no GPU; give cpu, or see seg3d doctor"
+        elif device.index is not None and device.index >= count:
+            yield f"device: {named!r} is not there; the last one is cuda:{count - 1}"
 
 
 def _target_hint(parser: ConfigParser, name: str) -> str:

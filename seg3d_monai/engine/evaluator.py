@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from seg3d_monai.engine.checkpoint import load_weights, replace_file
 from seg3d_monai.engine.replicas import rank
 from seg3d_monai.inference import predict_labels
+from seg3d_monai.inference.blocks import check_sizes
 from seg3d_monai.metrics import InstanceMetrics
 
 __all__ = ["EvaluatorEvents", "FinalReport", "VolumeEvaluator", "named_metrics"]
@@ -50,6 +51,9 @@ class VolumeEvaluator(Evaluator):
         halo: voxels (z, y, x) read around a block.
         key_metric: name of the metric that decides which weights are best; higher is better.
         val_handlers: objects with `attach(engine)`.
+
+    Raises:
+        ValueError, TypeError: a block_size or halo that cannot be used, before any volume is predicted.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class VolumeEvaluator(Evaluator):
         key_metric: str = "f1_50",
         val_handlers: Sequence[Any] = (),
     ) -> None:
+        check_sizes(block_size, halo)
         loader: DataLoader = DataLoader(dataset, batch_size=None, collate_fn=_unchanged)  # type: ignore[arg-type]
         events: list[Any] = [EvaluatorEvents]
         super().__init__(device=torch.device("cpu"), val_data_loader=loader, decollate=False, event_names=events)

@@ -34,8 +34,11 @@ def parameter_groups(
         layer_decay and decay_weights_only it is one group of all parameters, in their order.
 
     Raises:
-        ValueError: layer_decay is out of its range, or below 1 for a network without such a backbone.
+        ValueError: learning_rate or layer_decay is out of its range, or the latter below 1 for a network without such
+            a backbone.
     """
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float) or learning_rate <= 0:
+        raise ValueError(f"learning_rate={learning_rate!r} cannot be used; give a number > 0, such as 0.001")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay} is not in (0, 1]; give the factor from a layer to the one before")
     below_top = _layers_below_top(network)

@@ -12,6 +12,7 @@ from typing import Any
 
 from seg3d_monai import __version__
 from seg3d_monai.engine.config import ENTRY_POINTS, live_parser
+from seg3d_monai.shipped import shipped_bundle
 
 LOCAL_KEYS = frozenset(
     {
@@ -48,6 +49,8 @@ def provenance(bundle_root: str, checkpoint: str) -> dict[str, Any]:
         yet), and the configuration with all overrides but `LOCAL_KEYS`.
     """
     root = Path(bundle_root)
+    if not root.is_dir():  # of the repository, run from elsewhere
+        root = shipped_bundle(root)
     metadata = root / "configs" / "metadata.json"
     described = json.loads(metadata.read_text(encoding="utf-8")) if metadata.is_file() else {}
     config = {key: value for key, value in live_parser().get().items() if key not in LOCAL_KEYS}

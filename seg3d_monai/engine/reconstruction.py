@@ -1,11 +1,13 @@
-"""Validation of a pre-training: how much of what is hidden in unseen crops a network knows.
+"""Validation and evaluation of a pre-training: how much of what is hidden in unseen crops a network knows.
 
 This module must not know models: the network is called as in training.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from ignite.engine import Events
 from monai.engines import Evaluator
 from torch import Tensor, nn
 
+from seg3d_monai.engine.checkpoint import load_weights, replace_file
+from seg3d_monai.engine.replicas import rank
 from seg3d_monai.inference.precision import autocast_dtype
 
-__all__ = ["ReconstructionEvaluator"]
+__all__ = ["ReconstructionEvaluator", "ReconstructionReport"]
 
 
 class ReconstructionEvaluator(Evaluator):
@@ -77,3 +81,41 @@ class ReconstructionEvaluator(Evaluator):
     def _compute(self) -> None:
         means = {name: total / self.state.iteration for name, total in self._sums.items()}
         self.state.metrics = {**means, self.key_metric_name: 1 - sum(means.values())}
+
+
+class ReconstructionReport:
+    """Score the weights of a pre-training; what the bundle's evaluation does.
+
+    Args:
+        evaluator: over the crops; its network is `network`.
+        network: receives the weights.
+        output_dir: `metrics.json` is written there; made if missing.
+        checkpoint: file of the weights, as `load_weights` takes it.
+    """
+
+    def __init__(
+        self, *, evaluator: ReconstructionEvaluator, network: nn.Module, output_dir: str | Path, checkpoint: str | Path
+    ) -> None:
+        self.evaluator, self.network = evaluator, network
+        self.output_dir, self.checkpoint = Path(output_dir), checkpoint
+
+    def final(self) -> None:
+        """Load the weights, evaluate, write `metrics.json` and print `explained = 0.xxx` as the last line.
+
+        Of several processes, the first one does.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_weights`.
+            ValueError: there is no crop to evaluate.
+        """
+        if rank() > 0:
+            return
+        load_weights(self.network, self.checkpoint).eval()
+        if not self.evaluator.state.epoch_length:
+            raise ValueError("evaluate_split holds no crop; name a split that the data have, such as val or train")
+        self.evaluator.run()
+        metrics = self.evaluator.state.metrics
+        text = json.dumps(metrics, indent=2)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        replace_file(self.output_dir / "metrics.json", lambda file: file.write(text.encode()))
+        print(f"explained = {metrics[self.evaluator.key_metric_name]:.3f}", flush=True)

@@ -17,6 +17,7 @@ import seg3d_monai
 from seg3d_monai.engine.checkpoint import replace_file
 from seg3d_monai.engine.config import live_parser
 from seg3d_monai.engine.replicas import rank
+from seg3d_monai.user_errors import FULL
 
 __all__ = ["record_run"]
 
@@ -33,6 +34,7 @@ def record_run(output_dir: str | Path, *, seed: int) -> None:
 
     Raises:
         ValueError: if output_dir cannot be written.
+        OSError: if the disk is full.
     """
     if rank() > 0:
         return
@@ -56,6 +58,8 @@ def record_run(output_dir: str | Path, *, seed: int) -> None:
             text = json.dumps(content, indent=2, default=str)
             replace_file(folder / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
     except OSError as error:
+        if error.errno in FULL:  # the folder is right
+            raise
         raise ValueError(f"output_dir={str(folder)!r} cannot be written ({error}); choose another folder") from error
 
 

@@ -33,6 +33,11 @@ OF_NETWORK = "network_def#"
 def check_tune_files(checkpoint: str | Path, out: str | Path, restart: bool) -> None:
     """See, before anything is computed, that there are weights and that no overlay is written over.
 
+    Args:
+        checkpoint: file of the weights.
+        out: overlay that the tuning will write.
+        restart: whether an overlay that is there may be lost.
+
     Raises:
         FileNotFoundError: there is no checkpoint.
         FileExistsError: there is an overlay, and `restart` is not set.

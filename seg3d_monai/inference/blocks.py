@@ -230,6 +230,22 @@ def _region(roi: Sequence[int], extent: Triple) -> Roi:
     return (*low, *high)
 
 
+def check_sizes(block_size: int | Sequence[int] | None, halo: int | Sequence[int] | None) -> None:
+    """See, where no volume is at hand yet, that blocks can be made of these sizes.
+
+    Args:
+        block_size: as for `BlockPlan.make`, or None.
+        halo: as for `BlockPlan.make`, or None.
+
+    Raises:
+        ValueError, TypeError: as `BlockPlan.make`.
+    """
+    if block_size is not None:
+        _triple("block_size", block_size, minimum=1)
+    if halo is not None:
+        _triple("halo", halo, minimum=0)
+
+
 def _triple(name: str, value: int | Sequence[int], *, minimum: int) -> Triple:
     values = [value] * 3 if isinstance(value, int) else list(value)
     if len(values) != 3:

@@ -32,7 +32,8 @@ Ints = NDArray[np.int64]
 class InstanceSource(Protocol):
     """Where the instances of a block are read from: the journal, or some of its rows."""
 
-    def instances(self, block: int, roi: Roi | None = None, min_score: float | None = None) -> list[PlacedInstance]: ...
+    def instances(self, block: int, roi: Roi | None = None, min_score: float | None = None) -> list[PlacedInstance]:
+        """Those of a block that meet a ROI, all without one, of at least a score."""
 
 
 def label_map(instances: Sequence[PlacedInstance], roi: Roi) -> NDArray[np.int32]:

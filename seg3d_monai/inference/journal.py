@@ -141,10 +141,14 @@ def _disk_full() -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         if "full" in str(error):
-            raise OSError(
-                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; the same command goes on", "the journal"
-            ) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        if "disk I/O" in str(error):  # a quota that is used up, too
+            raise OSError(errno.EIO, f"{os.strerror(errno.EIO)} in the journal") from error
         raise
+
+
+def _not_writable(path: str, error: Exception) -> str:
+    return f"{path} cannot be written to ({error}); check the permissions of the file and of its folder"
 
 
 class JournalInUseError(ValueError):
@@ -158,12 +162,17 @@ class Journal:
         path: the file, or ":memory:"; made if it does not exist.
 
     Raises:
-        ValueError: if the file is in use by another run, is not a journal, or was written in another format.
+        ValueError: if the file is in use by another run, may not be written to, is not a journal, or was written in
+            another format.
+        OSError: if the disk is full or fails, here and in all that writes.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self._db = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, factory=_Connection)
+        try:
+            self._db = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, factory=_Connection)
+        except sqlite3.OperationalError as error:
+            raise ValueError(_not_writable(self.path, error)) from error
         try:
             # The exclusive lock keeps a second driver out; it goes with the process, however that ends.
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -175,10 +184,15 @@ class Journal:
                 self._db.execute("INSERT INTO facts VALUES ('format', ?)", (json.dumps(FORMAT),))
             self._db.execute("COMMIT")
             found = self.fact("format")
+        except OSError:
+            self._db.close()
+            raise
         except sqlite3.Error as error:
             self._db.close()
             if "locked" in str(error):
                 raise JournalInUseError(f"{self.path} is in use by another run; wait for it or end it") from error
+            if isinstance(error, sqlite3.OperationalError):
+                raise ValueError(_not_writable(self.path, error)) from error
             raise ValueError(f"{self.path} cannot be used as a journal: {error}; delete it to start anew") from error
         if found != FORMAT:
             self._db.close()

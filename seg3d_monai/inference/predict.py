@@ -40,6 +40,7 @@ from seg3d_monai.inference.resume import (
     check_not_input,
     check_output,
     input_was_repaired,
+    no_trace_of_mistakes,
     read_stored_run,
 )
 from seg3d_monai.inference.run import Run
@@ -271,7 +272,11 @@ def predict_volume(
         return Prediction(output, paths.tables, paths.journal, len(plan), 0, None, estimate=estimate)
     if stored is None:
         paths.remove()
-    with Journal(paths.journal) as journal, stop_on_sigterm() as is_stopping:
+    with (
+        Journal(paths.journal) as journal,
+        no_trace_of_mistakes(journal, paths.journal, is_new=stored is None),
+        stop_on_sigterm() as is_stopping,
+    ):
         if stored is None:
             empty = _empty_blocks(plan, volumes, foreground, skip_empty, skip_below, progress)
             with journal.transaction():

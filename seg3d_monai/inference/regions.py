@@ -41,7 +41,7 @@ class Regions:
         labels: Volume,
         spacing_um: Sequence[float] | None,
     ) -> None:
-        own_um = atlas.spacing_um if atlas_spacing is None else check_spacing(atlas_spacing)
+        own_um = atlas.spacing_um if atlas_spacing is None else check_spacing(atlas_spacing, "atlas_spacing")
         if own_um is None or spacing_um is None:
             if atlas.shape != labels.shape:
                 missing = "atlas; pass atlas_spacing" if own_um is None else "labels; pass spacing"

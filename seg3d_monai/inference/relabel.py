@@ -41,11 +41,21 @@ def relabel_volume(
         num_workers: processes that paint.
         progress: show progress bars.
 
+    Returns:
+        As `predict_volume`.
+
     Raises:
-        FileNotFoundError: if the journal does not exist.
-        ValueError: if prediction is not finished, or instances below the threshold were never kept.
+        FileNotFoundError: if OUTPUT or the journal does not exist.
+        ValueError: if an argument is out of its range, prediction is not finished, or instances below the threshold
+            were never kept.
     """
+    if score_threshold is not None and not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold is {score_threshold}; give a score in 0 to 1")
+    if min_volume is not None and min_volume < 0:
+        raise ValueError(f"min_volume is {min_volume}; pass an integer of at least 0")
     paths = OutputPaths.of(Path(output), (), False)
+    if not Path(output).exists() and not paths.journal.exists():
+        raise FileNotFoundError(f"neither output {output} nor its journal exists; give what seg3d predict wrote")
     if not paths.journal.exists():
         raise FileNotFoundError(f"{paths.journal}: the journal of {output} is gone; predict again")
     with Journal(paths.journal) as journal, stop_on_sigterm() as is_stopping:

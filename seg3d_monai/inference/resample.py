@@ -72,7 +72,7 @@ class ResamplingPredictor:
         takes_unknown: bool = False,
     ) -> None:
         self.predictor = predictor
-        self.spacing_um = check_spacing(spacing_um)
+        self.spacing_um = check_spacing(spacing_um, "model_spacing")
         self.tolerance = tolerance
         self.takes_unknown = takes_unknown
         self._said: set[Step | None] = set()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,24 @@ def read_stored_run(paths: OutputPaths, restart: bool) -> dict[str, Any] | None:
         if found.exists():
             raise ValueError(f"{found} exists without the journal of its run; choose another OUTPUT or pass --restart")
     return None
+
+
+@contextmanager
+def no_trace_of_mistakes(journal: Journal, path: Path, *, is_new: bool) -> Iterator[None]:
+    """Within it a mistake of the user takes the journal away that it begot, if no block was finished until then.
+
+    Args:
+        journal: in use.
+        path: its file.
+        is_new: whether this run began it.
+    """
+    try:
+        yield
+    except (TypeError, ValueError):
+        if is_new and not journal.blocks_in_state(DONE, UNREADABLE):
+            with suppress(PermissionError):  # of Windows, which keeps a file in use
+                path.unlink(missing_ok=True)
+        raise
 
 
 def input_was_repaired(

@@ -22,6 +22,7 @@ from seg3d_monai.inference.predict import DEFAULT_BLOCK_SIZE, DEFAULT_HALO, plan
 from seg3d_monai.inference.seam_cells import DEFAULT_MIN_IOU, KINDS, SAME, Faces, check_limits, compare_labels
 from seg3d_monai.inference.seam_report import SeamReport, Tally
 from seg3d_monai.inference.workers import Predictor
+from seg3d_monai.user_errors import write_whole
 
 REGION_BLOCKS = 3
 
@@ -124,7 +125,7 @@ def seam_check(
         ),
     )
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        write_whole(Path(json_path), json.dumps(report.as_json(), indent=2) + "\n")
     if picture_path is not None:
         from seg3d_monai.inference.seam_picture import save_picture  # matplotlib takes long to import
 

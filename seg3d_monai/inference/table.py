@@ -164,18 +164,25 @@ def write_table(tables: Iterable[pd.DataFrame], path: Path) -> None:
         path: the file.
     """
     partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".parquet":
+    try:
+        _write_parts(tables, partial, path.suffix)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_parts(tables: Iterable[pd.DataFrame], file: Path, suffix: str) -> None:
+    if suffix == ".parquet":
         writer: pq.ParquetWriter | None = None
         try:
             for table in tables:
                 rows = pa.Table.from_pandas(table, preserve_index=False)
-                writer = writer or pq.ParquetWriter(partial, rows.schema)
+                writer = writer or pq.ParquetWriter(file, rows.schema)
                 writer.write_table(rows)
         finally:
             if writer is not None:
                 writer.close()
     else:
-        with partial.open("w", newline="") as file:
+        with file.open("w", newline="") as text:
             for number, table in enumerate(tables):
-                table.to_csv(file, index=False, header=number == 0, lineterminator="\n")
-    partial.replace(path)
+                table.to_csv(text, index=False, header=number == 0, lineterminator="\n")

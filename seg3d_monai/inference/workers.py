@@ -7,7 +7,7 @@ are handed out.
 
 from __future__ import annotations
 
-import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -152,8 +152,12 @@ class BlockWorker:
             writer.build_tile(name, tile)
 
     def peak_memory(self) -> int:
-        """The most memory that this process has had, bytes."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        """The most memory that this process has had, bytes; 0 where the system does not tell."""
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def close(self) -> None:
         """End the thread of the network."""

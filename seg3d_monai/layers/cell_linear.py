@@ -13,6 +13,9 @@ class CellLinear(nn.Linear):
 
     The gradient of a map comes in the map's own order. There it meets those of convolutions, and sums and activations
     of tensors in two orders take several times as long on a CPU.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as of nn.Linear.
     """
 
     def forward(self, x: Tensor) -> Tensor:

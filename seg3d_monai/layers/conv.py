@@ -17,7 +17,16 @@ from seg3d_monai.layers.norm import BatchNorm, ChannelNorm, GroupNorm
 
 
 def group_norm(channels: int, groups: int = 8, relu: bool = False) -> GroupNorm:
-    """GroupNorm with `groups` groups, or with one group where `channels` is not a multiple of it."""
+    """GroupNorm with `groups` groups, or with one group where `channels` is not a multiple of it.
+
+    Args:
+        channels: of the map.
+        groups: as many as can be.
+        relu: whether a ReLU follows.
+
+    Returns:
+        The norm.
+    """
     return GroupNorm(groups if channels % groups == 0 else 1, channels, relu=relu)
 
 
@@ -30,6 +39,8 @@ class Conv3d(nn.Conv3d):
 
     On CPUs with AVX512-BF16 and without AMX, oneDNN 3.12 adds that gradient to memory that it has not cleared, if the
     input has fewer planes than the kernel and more than one. Outputs keep the dtype of the input there.
+
+    Args: as of torch.nn.Conv3d.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -50,7 +50,13 @@ class LayerNorm(nn.LayerNorm):
 
 
 class CellNorm(LayerNorm):
-    """LayerNorm that keeps half types under autocast, which would double the memory of the finest maps."""
+    """LayerNorm that keeps half types under autocast, which would double the memory of the finest maps.
+
+    Args:
+        channels: of the last axis.
+        eps: added to the variance.
+        relu: whether a ReLU follows.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C], same dtype; moments are float32 or better."""
@@ -64,7 +70,12 @@ class CellNorm(LayerNorm):
 
 
 class ChannelNorm(CellNorm):
-    """`CellNorm` over the channels of each cell of a map."""
+    """`CellNorm` over the channels of each cell of a map.
+
+    Args:
+        channels: of the map, its second axis.
+        eps, relu: as of `CellNorm`.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, D, H, W] -> the same."""

@@ -30,7 +30,16 @@ def encode_places(places: Tensor) -> Tensor:
 
 
 def place_features(size: Sequence[int], stride: Sequence[int], device: torch.device | str) -> Tensor:
-    """`encode_places` of the centres of all cells of a level, [d, h, w, PLACE_CHANNELS] float32."""
+    """`encode_places` of the centres of all cells of a level.
+
+    Args:
+        size: (d, h, w) cells.
+        stride: (z, y, x) voxels of a cell.
+        device: where the result is.
+
+    Returns:
+        float32 [d, h, w, PLACE_CHANNELS].
+    """
     wavelengths = {"min_wavelength": MIN_WAVELENGTH, "max_wavelength": MAX_WAVELENGTH}
     return level_positions(size, stride, PLACE_CHANNELS, device, **wavelengths).unflatten(0, tuple(size))
 

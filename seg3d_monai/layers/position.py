@@ -71,7 +71,20 @@ def level_positions(
     min_wavelength: float = MIN_WAVELENGTH,
     max_wavelength: float = MAX_WAVELENGTH,
 ) -> Tensor:
-    """`sine_positions` of `level_centres`, [d * h * w, channels] float32, with sines of one row an axis only."""
+    """`sine_positions` of `level_centres`, with sines of one row an axis only.
+
+    Args:
+        size: (d, h, w) cells.
+        stride: (z, y, x) voxels of a cell.
+        channels, min_wavelength, max_wavelength: as of `sine_positions`.
+        device: where the result is.
+
+    Returns:
+        float32 [d * h * w, channels].
+
+    Raises:
+        ValueError: fewer than six channels, or as `sine_positions`.
+    """
     if channels < 6:
         raise ValueError(f"channels is {channels}; give at least 6, a sine and a cosine for each axis")
     parts = []

@@ -71,6 +71,9 @@ def maskrcnn3d(
             proposal_nms_threshold, min_objectness, score_threshold, detection_nms_threshold,
             max_detections: see `MaskRCNN3d`.
 
+    Returns:
+        The network, with fresh weights.
+
     Raises:
         ValueError: a level that does not exist, or anchor shapes that do not fit the levels.
     """
@@ -128,7 +131,15 @@ def maskrcnn3d(
 
 
 def maskrcnn3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
-    """For CPUs: ResNet-10 of width 32, pyramid of 32 channels, cells of about 8 to 40 voxels across."""
+    """For CPUs: ResNet-10 of width 32, pyramid of 32 channels, cells of about 8 to 40 voxels across.
+
+    Args:
+        in_channels: image channels.
+        num_classes: foreground classes.
+
+    Returns:
+        The network, with fresh weights.
+    """
     return maskrcnn3d(
         backbone=resnet_backbone(depth=10, in_channels=in_channels, width=32),
         anchor_levels=("p2", "p3"),
@@ -152,14 +163,30 @@ ANCHORS = (
 
 
 def maskrcnn3d_r50(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
-    """For GPUs: ResNet-50, pyramid of 256 channels, the heads of the paper."""
+    """For GPUs: ResNet-50, pyramid of 256 channels, the heads of the paper.
+
+    Args:
+        in_channels: image channels.
+        num_classes: foreground classes.
+
+    Returns:
+        The network, with fresh weights.
+    """
     return maskrcnn3d(
         backbone=resnet_backbone(depth=50, in_channels=in_channels), anchor_shapes=ANCHORS, num_classes=num_classes
     )
 
 
 def maskrcnn3d_r101(*, in_channels: int = 1, num_classes: int = 1) -> MaskRCNN3d:
-    """For GPUs: ResNet-101, pyramid of 256 channels, the heads of the paper."""
+    """For GPUs: ResNet-101, pyramid of 256 channels, the heads of the paper.
+
+    Args:
+        in_channels: image channels.
+        num_classes: foreground classes.
+
+    Returns:
+        The network, with fresh weights.
+    """
     return maskrcnn3d(
         backbone=resnet_backbone(depth=101, in_channels=in_channels), anchor_shapes=ANCHORS, num_classes=num_classes
     )

@@ -56,6 +56,9 @@ def maskdino3d(
         activation_checkpointing: recompute the pixel decoder's layers in the backward pass.
         score_threshold: least score of an instance in evaluation.
         image_power: see `ImagePower`.
+
+    Returns:
+        The network, with fresh weights.
     """
     denoising = None
     if denoising_queries:
@@ -125,7 +128,10 @@ def mask2former3d(
     """3D Mask2Former over any backbone.
 
     Args:
-        query_source: see `Mask2FormerDecoder`; all others as for `maskdino3d`.
+        query_source: see `Mask2FormerDecoder`; all others: arguments as for `maskdino3d`.
+
+    Returns:
+        The network, with fresh weights.
     """
     return MaskTransformer3d(
         backbone=backbone,
@@ -161,7 +167,15 @@ def mask2former3d(
 
 
 def maskdino3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskTransformer3d:
-    """For CPUs: ResNet-10 of width 32, 64 channels, 2 + 3 layers."""
+    """For CPUs: ResNet-10 of width 32, 64 channels, 2 + 3 layers.
+
+    Args:
+        in_channels: image channels.
+        num_classes: foreground classes.
+
+    Returns:
+        The network, with fresh weights.
+    """
     return maskdino3d(
         backbone=resnet_backbone(depth=10, in_channels=in_channels, width=32),
         num_classes=num_classes,
@@ -177,7 +191,15 @@ def maskdino3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskTransf
 
 
 def maskdino3d_r50(*, in_channels: int = 1, num_classes: int = 1) -> MaskTransformer3d:
-    """For GPUs: ResNet-50, 256 channels, 6 + 9 layers and 300 queries, as in the paper."""
+    """For GPUs: ResNet-50, 256 channels, 6 + 9 layers and 300 queries, as in the paper.
+
+    Args:
+        in_channels: image channels.
+        num_classes: foreground classes.
+
+    Returns:
+        The network, with fresh weights.
+    """
     return maskdino3d(
         backbone=resnet_backbone(depth=50, in_channels=in_channels, activation_checkpointing=True),
         num_classes=num_classes,
@@ -186,7 +208,15 @@ def maskdino3d_r50(*, in_channels: int = 1, num_classes: int = 1) -> MaskTransfo
 
 
 def mask2former3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskTransformer3d:
-    """For CPUs: ResNet-10 of width 32, 64 channels, 2 + 3 layers, queries selected from the image."""
+    """For CPUs: ResNet-10 of width 32, 64 channels, 2 + 3 layers, queries selected from the image.
+
+    Args:
+        in_channels: image channels.
+        num_classes: foreground classes.
+
+    Returns:
+        The network, with fresh weights.
+    """
     return mask2former3d(
         backbone=resnet_backbone(depth=10, in_channels=in_channels, width=32),
         num_classes=num_classes,
@@ -203,7 +233,15 @@ def mask2former3d_tiny(*, in_channels: int = 1, num_classes: int = 1) -> MaskTra
 
 
 def mask2former3d_r50(*, in_channels: int = 1, num_classes: int = 1) -> MaskTransformer3d:
-    """For GPUs: ResNet-50, 256 channels, 6 + 9 layers and 100 learned queries, as in the paper."""
+    """For GPUs: ResNet-50, 256 channels, 6 + 9 layers and 100 learned queries, as in the paper.
+
+    Args:
+        in_channels: image channels.
+        num_classes: foreground classes.
+
+    Returns:
+        The network, with fresh weights.
+    """
     return mask2former3d(
         backbone=resnet_backbone(depth=50, in_channels=in_channels, activation_checkpointing=True),
         num_classes=num_classes,

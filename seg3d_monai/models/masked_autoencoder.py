@@ -198,6 +198,9 @@ def masked_autoencoder3d(
         norm: of the feature pyramid; the backbone has its own.
         image_power: see `ImagePower`; that of the detector that the backbone is for.
 
+    Returns:
+        A `TokenAutoencoder` around a `ViT`, else an `InpaintingAutoencoder`.
+
     Raises:
         ValueError: as the classes.
     """

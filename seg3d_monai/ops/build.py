@@ -34,6 +34,8 @@ FLAGS = (
     "-Wno-psabi",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
+AVX512_FLAGS = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c")
+"""For a prebuilt library that is taken where torch takes its own AVX-512 kernels: vectors of csrc have 64 bytes."""
 TIMEOUT_S = 900
 
 logger = logging.getLogger(__name__)
@@ -83,11 +85,12 @@ def source_hash(sources: tuple[Path, ...]) -> str:
     return digest.hexdigest()[:12]
 
 
-def cpu_recipe(*, native: bool = True) -> Recipe:
+def cpu_recipe(*, native: bool = True, flags: tuple[str, ...] = ()) -> Recipe:
     """How the CPU's library is built with the C++ compiler of this machine.
 
     Args:
         native: for this machine's own processor, which is faster; False for a library that is given away.
+        flags: further ones of the compiler.
 
     Raises:
         BuildError: there is no compiler, or it does not run.
@@ -96,7 +99,7 @@ def cpu_recipe(*, native: bool = True) -> Recipe:
     return Recipe(
         name="ops",
         sources=cpu_sources(),
-        compiler=(*compiler, *FLAGS, *(native_flags() if native else ()), *include_flags()),
+        compiler=(*compiler, *FLAGS, *(native_flags() if native else ()), *flags, *include_flags()),
         linker=(*compiler, "-shared"),
         libraries=(f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"),
         fingerprint=(run([*compiler, "--version"]), torch.__version__, _processor()),
@@ -118,8 +121,10 @@ def find_compiler() -> list[str]:
     """The C++ compiler's command: $CXX, else the first of c++, g++ and clang++ on the PATH.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is none, or this is Windows, whose compilers take other flags and libraries.
     """
+    if sys.platform == "win32":
+        raise BuildError("the operators are not compiled on Windows")
     if os.environ.get("CXX"):
         command = shlex.split(os.environ["CXX"])
         if shutil.which(command[0]) is None:
@@ -191,12 +196,12 @@ def build_into_cache(recipe: Recipe) -> tuple[Path, bool]:
         BuildError: the compiler failed, or the cache cannot be written.
     """
     target = cache_folder() / f"{recipe.key}.so"
-    if target.exists():
-        return target, False
     try:
+        if target.exists():  # itself an error in the home folder of somebody else
+            return target, False
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BuildError(f"cannot write {target.parent} ({error})") from error
+        raise BuildError(f"cannot write {target.parent} ({error}); XDG_CACHE_HOME names another place") from error
     with _locked(target.with_suffix(".lock")) as is_locked:
         if target.exists():
             return target, False
@@ -214,7 +219,7 @@ def _locked(path: Path) -> Iterator[bool]:
     try:
         file = path.open("a")
     except OSError as error:
-        raise BuildError(f"cannot write {path.parent} ({error})") from error
+        raise BuildError(f"cannot write {path.parent} ({error}); XDG_CACHE_HOME names another place") from error
     with file:
         try:
             import fcntl

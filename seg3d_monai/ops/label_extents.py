@@ -30,6 +30,9 @@ def label_extents(labels: Tensor, num_labels: int) -> LabelExtents:
         labels: int32 [D, H, W], 0 (background) to num_labels, with any strides.
         num_labels: L, the largest label that may occur.
 
+    Returns:
+        A row for each label from 1 to L.
+
     Raises:
         TypeError: `labels` has the wrong type or dtype.
         ValueError: the shape is wrong, or num_labels is negative.

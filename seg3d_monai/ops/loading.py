@@ -10,8 +10,9 @@ import ctypes
 import functools
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,11 @@ from seg3d_monai.ops.build import (
 from seg3d_monai.ops.build_cuda import cuda_recipe, cuda_sources
 
 PREBUILT = Path(__file__).resolve().parent.parent / "_lib"
-MEND = "install a C++ compiler (for example g++ >= 11), or run scripts/build_ops where there is one"
+MEND = (
+    "run it under WSL"
+    if sys.platform == "win32"
+    else "install a C++ compiler (for example g++ >= 11), or a wheel that has them compiled (docs/install.md)"
+)
 MEND_CUDA = "install the CUDA toolkit that fits torch, or run scripts/build_ops --cuda where there is one"
 
 logger = logging.getLogger(__name__)
@@ -44,9 +49,13 @@ class Loaded:
     library: str | None
 
 
-def prebuilt_library() -> Path:
-    """Where scripts/build_ops puts the library. Its name holds the sources' hash, so a stale one is never taken."""
-    return PREBUILT / f"ops-{source_hash(cpu_sources())}.so"
+def prebuilt_library(variant: str = "") -> Path:
+    """Where scripts/build_ops puts the library. Its name holds the sources' hash, so a stale one is never taken.
+
+    Args:
+        variant: "" for any processor of this kind, "avx512" for those that have AVX-512.
+    """
+    return PREBUILT / f"ops-{source_hash(cpu_sources())}{variant and f'-{variant}'}.so"
 
 
 def prebuilt_cuda_library() -> Path:
@@ -61,7 +70,9 @@ def load_operators() -> Loaded:
         ValueError: SEG3D_OPS is neither 'compiled' nor 'reference'.
         RuntimeError: SEG3D_OPS=compiled and there is no way to load or build the library.
     """
-    return _load_first(prebuilt_library(), cpu_recipe, "its operators", MEND)
+    # torch takes its own kernels by the same answer.
+    variants = ("avx512", "") if torch.backends.cpu.get_cpu_capability() == "AVX512" else ("",)
+    return _load_first([prebuilt_library(name) for name in variants], cpu_recipe, "its operators", MEND)
 
 
 @functools.cache
@@ -73,7 +84,7 @@ def load_cuda_operators() -> Loaded:
         return cuda_recipe(capabilities)
 
     share_cuda_symbols()
-    return _load_first(prebuilt_cuda_library(), recipe, "its operators on CUDA", MEND_CUDA)
+    return _load_first([prebuilt_cuda_library()], recipe, "its operators on CUDA", MEND_CUDA)
 
 
 def share_cuda_symbols() -> None:
@@ -84,7 +95,7 @@ def share_cuda_symbols() -> None:
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def _load_first(prebuilt: Path, recipe: Callable[[], Recipe], what: str, mend: str) -> Loaded:
+def _load_first(prebuilt: Sequence[Path], recipe: Callable[[], Recipe], what: str, mend: str) -> Loaded:
     wanted = os.environ.get("SEG3D_OPS", "")
     if wanted not in ("", "compiled", "reference"):
         raise ValueError(f"SEG3D_OPS={wanted!r} is not known; set it to 'compiled' or 'reference', or unset it")
@@ -92,12 +103,18 @@ def _load_first(prebuilt: Path, recipe: Callable[[], Recipe], what: str, mend: s
         return Loaded("reference", "SEG3D_OPS=reference", None)
 
     causes = []
-    if prebuilt.exists():
+    found = [library for library in prebuilt if library.exists()]
+    for library in found:
         try:
-            return _load(prebuilt, "prebuilt with the package")
+            loaded = _load(library, "prebuilt with the package")
         except BuildError as error:
-            logger.warning("the prebuilt operators are left aside: %s", error)
             causes.append(str(error))
+            logger.warning("the prebuilt operators are left aside: %s", error)
+        else:
+            return loaded
+    if not found and (others := _of_other_sources(prebuilt[0])):
+        causes.append(f"{others[0]} was built from other sources")
+        logger.warning("the prebuilt operators are left aside: %s", causes[-1])
     try:
         return _load_from_cache(recipe())
     except BuildError as error:
@@ -114,6 +131,12 @@ def _load_first(prebuilt: Path, recipe: Callable[[], Recipe], what: str, mend: s
     return Loaded("reference", cause, None)
 
 
+def _of_other_sources(wanted: Path) -> list[Path]:
+    """Prebuilt libraries of the same kind, CPU or CUDA, that do not fit this package's sources."""
+    is_cuda = wanted.name.startswith("ops-cuda-")
+    return [file for file in sorted(PREBUILT.glob("ops-*.so")) if file.name.startswith("ops-cuda-") == is_cuda]
+
+
 def _load_from_cache(recipe: Recipe) -> Loaded:
     library, is_new = build_into_cache(recipe)
     if not is_new:
@@ -122,7 +145,10 @@ def _load_from_cache(recipe: Recipe) -> Loaded:
         except BuildError as error:
             # A damaged file in the cache is ours to replace.
             logger.warning("rebuilding the compiled operators: %s", error)
-            library.unlink(missing_ok=True)
+            try:
+                library.unlink(missing_ok=True)
+            except OSError:
+                raise error from None
             library, _ = build_into_cache(recipe)
     return _load(library, "compiled on this machine")
 

@@ -193,6 +193,9 @@ def take_fingerprint(index: CropIndex, *, touching_seconds: float = 10.0, seed: 
         touching_seconds: most that may go into reading labels, to see which objects touch.
         seed: of the sample that is read there.
 
+    Returns:
+        What a plan is made from.
+
     Raises:
         ValueError: if no labelled volume is for training, or none of them has an object.
     """

@@ -57,6 +57,9 @@ def plan_bundle(fingerprint: Fingerprint, bundle: BundleConfig, memory: int, giv
         memory: bytes that the tensors of a training, or of a prediction, may take.
         given: keys that the user has decided; those that the bundle does not take are left out.
 
+    Returns:
+        The plan, with the reason of each of its keys.
+
     Raises:
         ValueError: the memory is too small for a crop that holds one object, or for what was given; the volumes differ
             in channels; resampling is asked of volumes without a voxel size; no object counts.
@@ -119,7 +122,7 @@ class _Planner:
                 f"target_spacing_um={target}: {names(self.fingerprint.without_spacing)} do not say their voxel size; "
                 "give it in the manifest's columns spacing_z_um, spacing_y_um, spacing_x_um, and index again"
             )
-        return check_spacing(target)
+        return check_spacing(target, "target_spacing")
 
     def _objects(self) -> None:
         """Which objects count, and how large those are that end within their volume."""

@@ -18,6 +18,7 @@ from seg3d_monai.planning.bundle_config import BundleConfig
 from seg3d_monai.planning.explain import explained, in_short, measured
 from seg3d_monai.planning.fingerprint import Fingerprint, take_fingerprint
 from seg3d_monai.planning.plan import Plan, plan_bundle
+from seg3d_monai.user_errors import write_whole
 
 TRIPLES = {"crop_size": 1, "block_size": 1, "halo": 0}
 """Keys that are voxels (z, y, x), and the least of each."""
@@ -46,6 +47,9 @@ def write_plans(
         given: keys of the bundles' configurations that the user has decided, and their values.
         restart: write over plans that are there and differ.
         report: told what was planned, in short.
+
+    Returns:
+        A plan for each bundle.
 
     Raises:
         FileNotFoundError: no index, or no bundle.
@@ -92,14 +96,18 @@ def _files(fingerprint: Fingerprint, plans: Sequence[Plan], db: str) -> dict[str
 
 
 def _write_all(folder: Path, files: Mapping[str, str], restart: bool) -> None:
-    others = [name for name, text in files.items() if (folder / name).exists() and (folder / name).read_text() != text]
+    others = [name for name, text in files.items() if _differs(folder / name, text)]
     if others and not restart:
         raise FileExistsError(
             f"{folder} holds another plan ({', '.join(others)} would change); choose another folder, or --restart"
         )
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
+
+
+def _differs(file: Path, text: str) -> bool:
+    return file.exists() and file.read_text(encoding="utf-8") != text
 
 
 def _text(content: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ def check_run(content: Content) -> list[Check]:
     name = bundle_file(content.folder, "configs/inference")
     if name is None or name not in content.configs:
         return not_run("there is no configs/inference.json")
+    if not isinstance(content.configs[name], Mapping):
+        return not_run("configs/inference.json holds no keys")
     run = _Run(content, name)
     return [
         _tried(FITS, lambda: _fits(run)),

@@ -188,6 +188,8 @@ def merge(*configs: Mapping[str, Any]) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {}
     for config in configs:
+        if not isinstance(config, Mapping):
+            raise ValueError("a configuration holds no keys; it is {key: value}")
         for key, value in copy.deepcopy(dict(config)).items():
             *sections, last = normalise(str(key)).removeprefix("+").split(SEPARATOR)
             try:

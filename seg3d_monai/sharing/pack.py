@@ -77,8 +77,8 @@ def pack_bundle(
         raise ValueError("--version and --changelog belong together; give both or none")
     files: dict[str, Path | bytes] = {name: folder / name for name in _packed_names(folder)}
     files |= _configs(folder, files, overlays)
+    metadata = _section(folder / METADATA) if METADATA in files or version is not None else {}
     if version is not None and changes is not None:
-        metadata = _section(folder / METADATA)
         files[METADATA] = _json(with_version(metadata, version, changes))
     weights = checkpoint or (folder / WEIGHTS if WEIGHTS in files else None)
     if weights is None and safetensors:

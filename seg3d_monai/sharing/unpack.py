@@ -45,7 +45,9 @@ def unpack(archive: Path, folder: Path, *, most_bytes: int = MOST_BYTES, most_ra
                 left -= _write(opened, info, folder / name, left)
             return sorted(name for _, name in entries)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{str(archive)!r} is no zip or is damaged ({error})") from error
+        raise ValueError(
+            f"{str(archive)!r} is no zip or is damaged ({error}); give a bundle's folder or zip"
+        ) from error
 
 
 def _checked(

@@ -6,6 +6,7 @@ A pickle may call anything when it is loaded; `weights_only` restricts it to ten
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,11 @@ def read_plain(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # torch.load raises many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{str(path)!r} holds more than weights, or is damaged; it is not loaded: {reason}") from error
+        reason = re.split(r"(?<=[.:])\s", reason)[0].rstrip(".:")  # torch goes on with how to load it all the same
+        raise ValueError(
+            f"{str(path)!r} holds more than weights, or is damaged; it is not loaded: {reason}; give the model.pt of a "
+            "training"
+        ) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(state).__name__}, not weights by name")
     for key, value in state.items():

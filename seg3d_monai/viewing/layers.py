@@ -70,6 +70,9 @@ def build_layers(
         color_by: column of the table by which predicted labels and objects are coloured.
         seam_report: X.json of `seg3d seam-check`.
 
+    Returns:
+        The layers in the order in which a viewer adds them.
+
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: shapes, time points, the region, the table or the column do not fit, or labels are no integers.

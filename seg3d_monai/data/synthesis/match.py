@@ -70,6 +70,8 @@ def match_recipe(
     Raises:
         ValueError: an argument out of range, an image that `measure` refuses, or no scene of the recipe that fits.
     """
+    if seed < 0:
+        raise ValueError(f"seed={seed} is negative; give 0 or more")
     if rounds < 1 or not 2 <= num_kept <= num_scenes:
         raise ValueError(
             f"rounds={rounds}, num_scenes={num_scenes}, num_kept={num_kept}: give 1 or more, and 2 to num_scenes"

@@ -1,0 +1,1 @@
+"""Wheels built, and tried in fresh environments; scripts/build_wheels and scripts/try_install run this."""
