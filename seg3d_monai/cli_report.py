@@ -1,10 +1,12 @@
 """The command `seg3d report`: a door as those of cli.py, which lists it."""
 
+import inspect
 import sys
 from pathlib import Path
 
-from seg3d_monai.cli_arguments import UsageError
+from seg3d_monai.cli_arguments import UsageError, file_to_write, nearest
 from seg3d_monai.cli_bundle import parse_override
+from seg3d_monai.user_errors import full_disk_names
 
 
 def report(
@@ -15,6 +17,7 @@ def report(
     truth: str | None = None,
     channel: int = 0,
     roi: list[int] | None = None,
+    seams: str | None = None,
     **overrides: str,
 ) -> None:
     """Write one HTML page about a training or a prediction: pictures, curves, metrics, faults, how it was made.
@@ -29,6 +32,7 @@ def report(
         truth: For a prediction: true labels, where they are known.
         channel: For a prediction: channel of the image that is shown.
         roi: For a prediction: region to look at, "[z1,y1,x1,z2,y2,x2]" in voxels; default the middle.
+        seams: For a prediction: JSON that `seg3d seam-check` wrote of the same stack and weights.
         overrides: For a training: any key of its configuration and its value.
     """
     from seg3d_monai.report.build import write_report
@@ -39,19 +43,25 @@ def report(
         raise FileNotFoundError(f"{source!r} does not exist; give the folder of a training, or a predicted OME-Zarr")
     is_prediction = path.name.endswith(".zarr")
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.zarr')}.report.html")
+    if not (is_prediction or path.is_dir()):
+        raise UsageError(f"{source!r} is a file; give the folder of a training, or a predicted OME-Zarr")
     if not (out or is_prediction):
         target = path / "report.html"
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{str(target)!r}: its folder does not exist; make it first")
+    file_to_write("OUT", str(target), ".html", ".htm")
     if is_prediction:
         if overrides:
-            raise UsageError(f"unknown flag --{next(iter(overrides))}; a prediction's configuration is not run again")
+            word = next(iter(overrides))
+            hint = nearest(word, inspect.signature(report).parameters.keys() - {"overrides"}, prefix="--")
+            raise UsageError(f"unknown flag --{word} of a prediction; {hint}")
         if image is None:
             raise UsageError("--image is missing; give what was predicted, so that it can be shown")
-        found = read_prediction(path, image, truth, channel, roi)
+        found = read_prediction(path, image, truth, channel, roi, seams)
     else:
-        if image or truth or roi:
-            raise UsageError("--image, --truth and --roi are for predictions; a training has volumes of its own")
+        if image or truth or roi or seams:
+            raise UsageError(
+                "--image, --truth, --roi and --seams are for predictions; a training has volumes of its own"
+            )
         changes = {key: parse_override(key, text) for key, text in overrides.items()}
         found = read_run(path, changes, progress=sys.stderr.isatty())
-    print(f"report: {write_report(found, target)}")
+    with full_disk_names(target):
+        print(f"report: {write_report(found, target)}")

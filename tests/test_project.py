@@ -50,7 +50,7 @@ def test_licence_is_apache_2() -> None:
 def test_torch_has_a_floor_and_no_pin() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert [name for name in project["dependencies"] if re.match(r"torch\b", name)] == ["torch>=2.10"]
-    extras = {"cluster", "view", "formats", "tracking", "export", "share", "dev", "all"}
+    extras = {"cluster", "view", "formats", "tracking", "export", "share", "docs", "dev", "all"}
     assert set(project["optional-dependencies"]) == extras
 
 
@@ -116,7 +116,7 @@ def test_there_are_bundles() -> None:
 @pytest.mark.parametrize("folder", BUNDLES, ids=lambda folder: folder.name)
 def test_bundle_is_whole_and_holds_no_code(folder: Path) -> None:
     expected = ["LICENSE", "docs/README.md", "configs/metadata.json", "configs/logging.conf"]
-    kinds = ("train",) if folder.name.startswith("pretrain") else ("train", "evaluate", "inference")
+    kinds = ("train", "evaluate", "inference", "multi_gpu_train")
     expected += [f"configs/{kind}.json" for kind in kinds]
     assert [name for name in expected if not (folder / name).is_file()] == []
     assert list(folder.rglob("*.py")) == []

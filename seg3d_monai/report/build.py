@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from seg3d_monai.report import charts
-from seg3d_monai.report.looked_at import KINDS, Fault, LookedAt, faults, gravity, known_truth, scored_matches
+from seg3d_monai.report.fault_tiles import add_faults
+from seg3d_monai.report.looked_at import Fault, LookedAt, faults, known_truth, scored_matches
 from seg3d_monai.report.page import Page, picture
-from seg3d_monai.report.slices import slices_figure
+from seg3d_monai.report.slices import PREDICTION_COLOUR, TRUTH_COLOUR, slices_figure
 from seg3d_monai.report.sources import Source
 
-MOST_PICTURES, MOST_TILES, MOST_ROWS = 4, 8, 40
-TILE_MARGIN_UM = 8.0
-EXPLAINED = {
-    "missed": "true objects that nothing was predicted for",
-    "false positive": "predicted objects where there is none; those of the highest score",
-    "split": "one true object, several predicted ones",
-    "merged": "several true objects, one predicted one",
-    "mixed": "several of both",
-    "poor outline": "found, but truth and prediction share less than half of their voxels",
+MOST_PICTURES = 4
+COLUMNS = {
+    "tp": "found (TP)",
+    "fp": "false (FP)",
+    "fn": "missed (FN)",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "pq": "PQ",
 }
 
 
@@ -51,19 +53,23 @@ def build(source: Source) -> str:
     page = Page(source.title, source.lead)
     found = [fault for looked in source.volumes for fault in faults(looked)]
     _summary(page, source)
-    _pictures(page, source.volumes, found)
+    if source.volumes:
+        _pictures(page, source.volumes, found)
     if source.train is not None and len(source.train):
         _training(page, source)
     if source.metrics is not None:
         _quality(page, source)
-    _objects(page, source.volumes)
+    if source.volumes:
+        _objects(page, source.volumes)
     if source.metrics is not None:
-        _faults(page, source.volumes, found)
-    if source.seams is not None:
-        _seams(page, source.seams)
+        add_faults(page, source.volumes, found)
+    if source.volumes:
+        _seams(page, source)
     page.section("Time and memory")
     page.numbers(source.facts)
-    page.section("How it was made", "Everything that is needed to make it again.")
+    page.section("How it was made", "What is needed to make it again; click at a name to see all of it.")
+    if source.made:
+        page.table(["what", "value"], list(source.made.items()))
     for name, text in source.texts.items():
         page.hidden(name, text)
     return page.text()
@@ -90,6 +96,15 @@ def _summary(page: Page, source: Source) -> None:
             "objects that are found. F1: both in one number. SEG: mean IoU of true objects with what covers most of "
             "them, 0 for those not found. MUCov: mean IoU of predicted objects with the best true one."
         )
+    elif not source.volumes:
+        known = None if source.validation is None or "explained" not in source.validation else source.validation
+        explained = None if known is None or not len(known) else float(known["explained"].max())
+        page.numbers({"share of the hidden that is known": explained})
+        page.note(
+            "Parts of volumes are hidden, and the network says what is behind them. The number is the share of the "
+            "variance of hidden voxels, in volumes that it does not learn from, that it knows at its best; 1 for who "
+            "knows all. Parts without contrast count as known, so that it is not 0 for who guesses nothing."
+        )
     else:
         page.numbers({"objects shown": sum(len(looked.table) for looked in source.volumes)})
         page.note("Without annotated truth nothing can be said about what was missed.")
@@ -102,14 +117,24 @@ def _pictures(page: Page, volumes: Sequence[LookedAt], found: Iterable[Fault]) -
     chosen = sorted(volumes, key=lambda looked: -counts[looked.name])[:MOST_PICTURES]
     many = f", those {len(chosen)} of {len(volumes)} with most faults" if len(volumes) > len(chosen) else ""
     page.section("Pictures", f"Slices through the middle, and the brightest voxel along each axis{many}.")
+    page.key(
+        ({"true outlines": TRUTH_COLOUR} if any(looked.truth is not None for looked in chosen) else {})
+        | {"predicted outlines": PREDICTION_COLOUR}
+    )
     for looked in chosen:
         pair = []
         for projects, caption in ((False, "slices through the middle"), (True, "brightest voxels")):
             figure = slices_figure(
-                looked.image, _truth(looked), looked.labels, looked.spacing_um, looked.name, projects=projects
+                looked.image,
+                _truth(looked),
+                looked.labels,
+                looked.spacing_um,
+                looked.name,
+                projects=projects,
+                origin=looked.origin,
             )
             pair.append((picture(figure, 75, f"{looked.name}, {caption}"), f"{looked.name}: {caption}"))
-        page.row(pair)
+        page.row(pair, "wide")
 
 
 def _training(page: Page, source: Source) -> None:
@@ -118,7 +143,7 @@ def _training(page: Page, source: Source) -> None:
     rows = [(charts.losses(source.train), "losses, means over a hundredth of the training")]
     if source.validation is not None and len(source.validation):
         minutes = source.validation["elapsed_seconds"] / 60
-        shown = {"F1 at 0.5": "f1_50", "F1 at 0.7": "f1_70", "SEG": "seg"}
+        shown = {"F1 at 0.5": "f1_50", "F1 at 0.7": "f1_70", "SEG": "seg", "known of the hidden": "explained"}
         curves = {name: (minutes, source.validation[key]) for name, key in shown.items() if key in source.validation}
         if curves:
             rows.append((charts.lines(curves, x="minutes", y="validation", marks=True), "validations"))
@@ -137,19 +162,22 @@ def _quality(page: Page, source: Source) -> None:
     precision_recall = {"": (true / max(num_truth, 1), true / np.maximum(number, 1))}
     page.row(
         [
-            (charts.lines(curve, x="IoU asked for", y="F1", marks=True), "F1 against the IoU from which objects match"),
             (
-                charts.lines(precision_recall, x="recall", y="precision"),
-                "precision against recall as the least score falls to the one that was used",
+                charts.lines(curve, x="IoU asked for", y="F1", marks=True, is_share=True),
+                "F1 against the IoU from which objects match",
             ),
             (
-                charts.histogram({"true": scores[hits], "false": scores[~hits]}, x="score"),
-                "scores of predicted objects",
+                charts.lines(precision_recall, x="recall", y="precision", is_share=True),
+                "precision against recall at IoU 0.5, as the least score falls to the one that was used",
+            ),
+            (
+                charts.histogram({"right": scores[hits], "wrong": scores[~hits]}, x="score"),
+                "scores of predicted objects, right or wrong at IoU 0.5",
             ),
         ]
     )
-    names = ("tp", "fp", "fn", "precision", "recall", "f1", "pq")
-    page.table(["IoU", *names], [[name, *(row[key] for key in names)] for name, row in thresholds.items()])
+    page.table(["IoU", *COLUMNS.values()], [[name, *(row[key] for key in COLUMNS)] for name, row in thresholds.items()])
+    page.note("PQ, panoptic quality: F1 times the mean IoU of the objects that are found.")
 
 
 def _objects(page: Page, volumes: Sequence[LookedAt]) -> None:
@@ -175,57 +203,40 @@ def _objects(page: Page, volumes: Sequence[LookedAt]) -> None:
     )
 
 
-def _faults(page: Page, volumes: Sequence[LookedAt], found: Sequence[Fault]) -> None:
-    counts = Counter(fault.kind for fault in found)
-    page.section("Faults", "Where truth (thick) and prediction (thin) disagree; coordinates are voxels (z, y, x).")
-    page.table(["kind", "places", "what it is"], [[kind, counts[kind], EXPLAINED[kind]] for kind in KINDS])
-    by_name = {looked.name: looked for looked in volumes}
-    for kind in KINDS:
-        worst = sorted((fault for fault in found if fault.kind == kind), key=gravity, reverse=True)
-        tiles = [(_tile(by_name[fault.volume], fault), _caption(fault)) for fault in worst[:MOST_TILES]]
-        if tiles:
-            page.tiles(f"{kind}: {EXPLAINED[kind]}", tiles)
-    if found:
-        rows = [
-            [
-                fault.kind,
-                fault.volume,
-                ", ".join(f"{place:.0f}" for place in fault.centroid),
-                fault.voxels,
-                fault.iou,
-                fault.score,
-            ]
-            for fault in found[:MOST_ROWS]
-        ]
-        page.table(["kind", "volume", "z, y, x", "voxels", "IoU", "score"], rows)
-        if len(found) > MOST_ROWS:
-            page.note(f"{len(found) - MOST_ROWS} more are not listed.")
+def _seams(page: Page, source: Source) -> None:
+    page.section("Seams", "A stack is predicted in blocks; objects at the border of two must not differ from others.")
+    if source.seams is not None:
+        cells, differ = source.seams
+        page.numbers({"cells": cells, "that differ": differ, "share": differ / cells if cells else 0.0})
+        page.note("The same volumes, predicted in blocks and in one block.")
+    if source.seam_check is not None:
+        found = source.seam_check
+        page.table(
+            ["cells", "number", "that differ", "share", "95 % interval"],
+            [_seam_row("next to a block's face", found["at_faces"]), _seam_row("elsewhere", found["away"])],
+        )
+        page.numbers({"excess at faces": found["excess"]})
+        page.note(
+            "A region is predicted under two grids of blocks, and the answers are compared. The excess is the share "
+            f"that differs at faces less that elsewhere, 95 % interval {_interval(found.get('excess_interval'))}; "
+            "blocks leave seams where that lies above 0."
+        )
+    if source.seams is None and source.seam_check is None:
+        page.note(source.seam_note)
 
 
-def _seams(page: Page, seams: tuple[int, int]) -> None:
-    page.section("Seams", "The same volumes predicted in blocks and in one block; a stack is predicted in blocks.")
-    page.numbers({"cells": seams[0], "that differ": seams[1], "share": seams[1] / seams[0] if seams[0] else 0.0})
+def _seam_row(name: str, tally: Mapping[str, Any]) -> list[Any]:
+    return [
+        name,
+        tally["num_cells"],
+        tally["num_disagreeing"],
+        tally["rate"],
+        _interval(tally.get("rate_interval")),
+    ]
 
 
-def _tile(looked: LookedAt, fault: Fault) -> str:
-    """Three slices through a fault, with some micrometres around it."""
-    spacing = np.array(looked.spacing_um or (1.0, 1.0, 1.0))
-    margin = np.ceil(TILE_MARGIN_UM / spacing).astype(int)
-    low = np.maximum(np.array(fault.box[:3]) - margin, 0)
-    high = np.minimum(np.array(fault.box[3:]) + margin, looked.image.shape)
-    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    place = np.array(fault.centroid) - looked.origin - low
-    position = np.clip(np.rint(place).astype(int), 0, high - low - 1).tolist()
-    assert looked.truth is not None
-    truth = known_truth(looked.truth[box])
-    figure = slices_figure(looked.image[box], truth, looked.labels[box], looked.spacing_um, position=position)
-    return picture(figure, 45, f"{fault.kind} in {looked.name}")
-
-
-def _caption(fault: Fault) -> str:
-    score = "" if fault.score is None else f", score {fault.score:.2f}"
-    place = ", ".join(f"{p:.0f}" for p in fault.centroid)
-    return f"{fault.volume} at ({place}), {fault.voxels:,} voxels, IoU {fault.iou:.2f}{score}"
+def _interval(ends: Sequence[float] | None) -> str:
+    return "unknown" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def _truth(looked: LookedAt) -> np.ndarray | None:

@@ -15,24 +15,44 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2530; background: #fff; margin: 0 auto; max-width: 1180px;
-  padding: 0 24px 64px; }
-h1 { font-size: 26px; margin: 28px 0 4px; } h2 { font-size: 19px; margin: 36px 0 8px; border-top: 1px solid #d8dde4;
-  padding-top: 18px; } h3 { font-size: 15px; margin: 18px 0 6px; }
-p.lead { color: #556; margin: 0 0 12px; } p.note { color: #556; font-size: 13px; }
-nav a { margin-right: 14px; } a { color: #1f5fa8; }
+:root { color-scheme: light dark; --ink: #1d2530; --soft: #556070; --line: #d8dde4; --paper: #fff; --box: #f5f7fa;
+  --link: #1f5fa8; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
+  max-width: 1180px; padding: 0 24px 64px; overflow-wrap: break-word; }
+h1 { font-size: 26px; margin: 28px 0 4px; }
+h2 { font-size: 19px; margin: 36px 0 8px; border-top: 1px solid var(--line); padding-top: 18px; }
+h3 { font-size: 15px; margin: 18px 0 6px; }
+p.lead { color: var(--soft); margin: 0 0 12px; } p.note { color: var(--soft); font-size: 13px; }
+nav { display: flex; flex-wrap: wrap; gap: 2px 14px; } a { color: var(--link); }
 .numbers { display: flex; flex-wrap: wrap; gap: 12px; margin: 14px 0; }
-.number { border: 1px solid #d8dde4; border-radius: 6px; padding: 8px 14px; min-width: 96px; }
-.number b { display: block; font-size: 21px; } .number span { color: #556; font-size: 12px; }
-.row { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; } .row svg { max-width: 100%; height: auto; }
-figure { margin: 0; } figcaption { color: #556; font-size: 12px; max-width: 320px; }
-img { max-width: 100%; background: #000; } .tile img { width: 230px; } .tile { width: 230px; }
-table { border-collapse: collapse; font-size: 13px; margin: 8px 0; } td, th { padding: 3px 12px 3px 0; text-align: left;
-  border-bottom: 1px solid #e6e9ee; vertical-align: top; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-details { margin: 8px 0; } pre { background: #f5f7fa; padding: 12px; overflow-x: auto; font-size: 12px; }
+.number { border: 1px solid var(--line); border-radius: 6px; padding: 8px 14px; min-width: 96px; }
+.number b { display: block; font-size: 21px; } .number span { color: var(--soft); font-size: 12px; }
+.row { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; margin: 8px 0; }
+figure { margin: 0; } .row > figure { flex: 1 1 300px; max-width: 403px; min-width: 0; }
+.row > figure.wide { flex-basis: 420px; max-width: 620px; }
+.row > figure.tile { flex: 0 1 230px; width: 230px; }
+figcaption { color: var(--soft); font-size: 12px; margin-top: 4px; }
+img { display: block; max-width: 100%; height: auto; background: #000; } .tile img { width: 230px; }
+svg { display: block; width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; margin: 8px 0; }
+td, th { padding: 3px 14px 3px 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+.n { text-align: right; font-variant-numeric: tabular-nums; }
+.swatch { display: inline-block; width: 22px; height: 10px; margin: 0 6px 0 0; border: 2px solid; background: #000; }
+.key { font-size: 13px; margin-right: 18px; }
+details { margin: 8px 0; } summary { cursor: pointer; }
+pre { background: var(--box); padding: 12px; overflow-x: auto; font-size: 12px; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #dbe1e8; --soft: #9aa6b4; --line: #343c47; --paper: #14181d; --box: #1d232b; --link: #7db5f0; }
+  svg { filter: invert(0.9) hue-rotate(180deg); }
+}
+@media (max-width: 600px) { body { padding: 0 12px 48px; } }
 @media print { details { display: none; } }
 """
+
+
+_TO_THE_RIGHT = ' class="n"'
 
 
 class Page:
@@ -59,26 +79,50 @@ class Page:
         )
         self._add(f'<div class="numbers">{cells}</div>')
 
-    def row(self, pictures: Sequence[tuple[str, str]]) -> None:
-        """Add pictures side by side: SVG or `<img>` elements, each with a line below it."""
+    def row(self, pictures: Sequence[tuple[str, str]], kind: str = "") -> None:
+        """Add pictures side by side: SVG or `<img>` elements, each with a line below it.
+
+        Args:
+            pictures: each with its line.
+            kind: "" for charts, "wide" for large pictures, "tile" for small ones.
+        """
+        start = f'<figure class="{kind}">' if kind else "<figure>"
         figures = "".join(
-            f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>" for picture, caption in pictures
+            f"{start}{picture}<figcaption>{escape(caption)}</figcaption></figure>" for picture, caption in pictures
         )
         self._add(f'<div class="row">{figures}</div>')
 
     def tiles(self, title: str, pictures: Sequence[tuple[str, str]]) -> None:
         """Add small pictures under a heading."""
-        figures = "".join(
-            f'<figure class="tile">{picture}<figcaption>{escape(caption)}</figcaption></figure>'
-            for picture, caption in pictures
+        self._add(f"<h3>{escape(title)}</h3>")
+        self.row(pictures, "tile")
+
+    def key(self, colours: Mapping[str, str]) -> None:
+        """Say which colour stands for what.
+
+        Args:
+            colours: CSS colours by what they stand for.
+        """
+        keys = "".join(
+            f'<span class="key"><span class="swatch" style="border-color: {colour}"></span>{escape(name)}</span>'
+            for name, colour in colours.items()
         )
-        self._add(f'<h3>{escape(title)}</h3><div class="row">{figures}</div>')
+        self._add(f"<p>{keys}</p>")
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Add a table; numbers stand to the right."""
-        top = "".join(f"<th>{escape(name)}</th>" for name in head)
-        body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
-        self._add(f"<table><tr>{top}</tr>{body}</table>")
+        """Add a table; numbers stand to the right, and so does what is above them."""
+        is_numbers = [any(_is_number(row[n]) for row in rows) for n in range(len(head))]
+        top = "".join(
+            f"<th{_TO_THE_RIGHT if is_number else ''}>{escape(name)}</th>"
+            for name, is_number in zip(head, is_numbers, strict=True)
+        )
+        body = "".join(
+            "<tr>"
+            + "".join(_cell(value, is_number) for value, is_number in zip(row, is_numbers, strict=True))
+            + "</tr>"
+            for row in rows
+        )
+        self._add(f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>')
 
     def note(self, text: str) -> None:
         """Add a small line."""
@@ -96,6 +140,7 @@ class Page:
         )
         return (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
             "style-src 'unsafe-inline'\">"
             f"<title>{escape(self._title)}</title><style>{STYLE}</style></head><body>"
@@ -108,12 +153,16 @@ class Page:
 
 
 def picture(figure: Figure, dpi: int = 110, description: str = "") -> str:
-    """A figure as an `<img>` that holds its own PNG."""
+    """A figure as an `<img>` that holds its own PNG and says its size."""
     FigureCanvasAgg(figure)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=dpi, metadata={"Software": None}, facecolor=figure.get_facecolor())
     encoded = base64.b64encode(data.getvalue()).decode("ascii")
-    return f'<img alt="{escape(description, quote=True)}" src="data:image/png;base64,{encoded}">'
+    width, height = (int(inch * dpi) for inch in figure.get_size_inches())
+    return (
+        f'<img width="{width}" height="{height}" alt="{escape(description, quote=True)}" '
+        f'src="data:image/png;base64,{encoded}">'
+    )
 
 
 def shown(value: Any) -> str:
@@ -127,7 +176,10 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _cell(value: Any) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    start = '<td class="n">' if is_number else "<td>"
-    return f"{start}{escape(shown(value))}</td>"
+def _cell(value: Any, is_number: bool) -> str:
+    text = "–" if value is None and is_number else shown(value)
+    return f"<td{_TO_THE_RIGHT if is_number else ''}>{escape(text)}</td>"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

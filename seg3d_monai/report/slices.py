@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.ndimage import uniform_filter
 
 TRUTH_COLOUR = "#ffb000"
 PREDICTION_COLOUR = "#35c9ff"
@@ -31,7 +32,11 @@ def save_slices(
     title: str | None = None,
     **options: Any,
 ) -> Path:
-    """Write a PNG of `slices_figure`, whose arguments these are.
+    """Write a PNG of `slices_figure`.
+
+    Args:
+        path: of the PNG.
+        image, truth, prediction, spacing_um, title, options: arguments as for `slices_figure`.
 
     Returns:
         The path; missing folders are made.
@@ -60,6 +65,9 @@ def slices_figure(
     position: Sequence[int] | None = None,
     gamma: float = 0.6,
     projects: bool = False,
+    origin: Sequence[int] = (0, 0, 0),
+    longest_inch: float = LONGEST_SIDE_INCH,
+    has_key: bool = True,
 ) -> Figure:
     """Draw the three orthogonal slices through a point, in physical proportions.
 
@@ -72,8 +80,11 @@ def slices_figure(
         channel: which channel of a [C, Z, Y, X] image.
         position: voxel (z, y, x) that the slices pass through; None is the middle.
         gamma: exponent of the grey values, > 0; below 1 lifts the dim.
-        projects: whether the brightest voxel along each axis is shown in place of a slice, with the instances that
-            these voxels belong to.
+        projects: whether the brightest voxel along each axis is shown in place of a slice, with the instances where
+            the image, averaged over 3 voxels along each axis, is brightest.
+        origin: voxel (z, y, x) of the volume that the image begins at; places are written as the volume's.
+        longest_inch: longest side of the three views together; words keep their size.
+        has_key: whether the colours are explained below the picture.
 
     Raises:
         ValueError: shapes do not fit, or an option is out of its range.
@@ -100,14 +111,16 @@ def slices_figure(
     gap = 0.02 * max(height + depth, width + depth)
     # The side views stand beside the plan at the same scale: YX | YZ over XZ | legend.
     total_width, total_height = width + gap + depth, height + gap + depth
-    inch = LONGEST_SIDE_INCH / max(total_width, total_height)
-    margin, head, foot = 0.12, 0.40 if title else 0.12, 0.40
-    figure_width = max(total_width * inch + 2 * margin, 4.0)
+    inch = longest_inch / max(total_width, total_height)
+    margin, head, foot = 0.12, 0.40 if title else 0.12, 0.40 if has_key else 0.12
+    figure_width = max(total_width * inch + 2 * margin, 4.0 if title or has_key else 0.0)
     figure_height = total_height * inch + head + foot
     figure = Figure(figsize=(figure_width, figure_height), dpi=150, facecolor="black")
     FigureCanvasAgg(figure)
 
     low, high = (float(value) for value in np.percentile(image[:: max(1, image.shape[0] // 64)], (1.0, 99.8)))
+    # Of the raw voxels, noise would choose: outlines would fall to pieces.
+    smooth = uniform_filter(image.astype(np.float32), 3) if projects else image
     views = (
         # name, axis that is cut, rows and columns swapped, left, top, width and height in um
         ("YX", 0, False, 0.0, 0.0, width, height),
@@ -124,8 +137,13 @@ def slices_figure(
             )
         )
         extent = (0.0, float(view_width), float(view_height), 0.0)
-        depths = image.argmax(axis=axis) if projects else None
-        plane = _cut(image, axis, point[axis], is_swapped, depths).astype(np.float32)
+        depths = smooth.argmax(axis=axis) if projects else None
+        if projects:
+            plane = image.max(axis=axis).T if is_swapped else image.max(axis=axis)
+            low, high = (float(value) for value in np.percentile(plane, (1.0, 99.8)))
+        else:
+            plane = _cut(image, axis, point[axis], is_swapped)
+        plane = plane.astype(np.float32)
         grey = np.clip((plane - low) / max(high - low, 1e-6), 0, 1) ** gamma
         axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest", aspect="auto")
         # Prediction over truth, thinner: where they agree both colours are seen.
@@ -135,7 +153,7 @@ def slices_figure(
         axes.set_xlim(extent[0], extent[1])
         axes.set_ylim(extent[2], extent[3])
         axes.set_axis_off()
-        place = "brightest" if projects else f"{'zyx'[axis]} = {point[axis]}"
+        place = "brightest" if projects else f"{'zyx'[axis]} = {point[axis] + origin[axis]}"
         axes.text(
             0.02, 0.98, f"{name}  {place}", transform=axes.transAxes, color="white", fontsize=8,
             va="top", bbox={"facecolor": "black", "alpha": 0.5, "edgecolor": "none", "pad": 1.5},
@@ -152,7 +170,7 @@ def slices_figure(
         )
         if labels is not None
     ]
-    if handles:
+    if handles and has_key:
         legend = figure.legend(
             handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=9, bbox_to_anchor=(0.5, 0.0)
         )
@@ -208,4 +226,5 @@ def _draw_scale_bar(axes: Axes, width_um: float, height_um: float) -> None:
     length = float(max(step * magnitude for step in (1, 2, 5) if step * magnitude <= wished))
     right, y = 0.97 * width_um, 0.96 * height_um
     axes.plot([right - length, right], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
-    axes.text(right - length / 2, y - 0.012 * height_um, f"{length:g} µm", color="white", fontsize=8, ha="center")
+    # To the right: in a small picture the words are longer than the bar, and must not leave it.
+    axes.text(right, y - 0.02 * height_um, f"{length:g} µm", color="white", fontsize=8, ha="right", va="bottom")

@@ -26,6 +26,7 @@ from seg3d_monai.inference.seam_cells import SAME, compare_labels
 from seg3d_monai.metrics import InstanceMetrics
 from seg3d_monai.report.evaluate import OUTPUT_LABELS
 from seg3d_monai.report.looked_at import LookedAt
+from seg3d_monai.report.made import made_of_prediction, made_of_run
 
 MOST_VOXELS = 2**26
 """Of a volume that is read at once."""
@@ -41,6 +42,9 @@ class Source:
     train, validation: the logs of a training, None without.
     facts: numbers for the section on time and memory.
     seams: cells, and those that differ between blocks and one block; None where no volume was cut into blocks.
+    seam_check: what `seg3d seam-check` wrote, None without.
+    seam_note: what there is to say where neither of the two is known.
+    made: how it was made, in short, by name.
     texts: configuration, environment and the like, by name.
     notes: what a reader must know, such as that a part is shown only.
     """
@@ -53,6 +57,9 @@ class Source:
     validation: pd.DataFrame | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     seams: tuple[int, int] | None = None
+    seam_check: Mapping[str, Any] | None = None
+    seam_note: str = ""
+    made: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -78,6 +85,8 @@ def read_run(folder: Path, changes: Mapping[str, Any], progress: bool = False) -
     parser.read_config(str(folder / "config.json"))
     for key, value in changes.items():
         parser[key] = value
+    if "final" not in parser.get():
+        return _read_pretraining(folder)
     parser["output_dir"] = str(folder)
     parser["report_weights"] = f"$engine.load_weights(@network, {str(folder / 'model.pt')!r})"
     parser.parse(True)
@@ -113,34 +122,53 @@ def read_run(folder: Path, changes: Mapping[str, Any], progress: bool = False) -
                 origin=origin,
             )
         )
-    train, validation = (_log(folder / name) for name in ("train.csv", "validation.csv"))
-    facts: dict[str, Any] = {"prediction, Mvoxel/s": voxels / max(seconds, 1e-9) / 1e6, "peak memory, GB": _peak_gb()}
-    if train is not None and len(train):
-        last = train.iloc[-1]
-        facts = {
-            "minutes of training": float(last["elapsed_seconds"]) / 60,
-            "steps": int(last["iteration"]),
-            "seconds a step": float(last["elapsed_seconds"]) / int(last["iteration"]),
-            **facts,
-        }
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in ("config.json", "environment.json")}
+    train = _log(folder / "train.csv")
+    facts = _training_facts(train) | {
+        "prediction, Mvoxel/s": voxels / max(seconds, 1e-9) / 1e6,
+        "peak memory of this prediction, GB": _peak_gb(),
+    }
+    made, texts = made_of_run(folder)
     source = Source(
         title=f"Training {folder.name}",
-        lead=f"{len(volumes)} volumes that the training has not seen, predicted with {folder.name}/model.pt",
+        lead=f"{len(volumes)} volume{'' if len(volumes) == 1 else 's'} that the training has not seen, predicted with "
+        f"{folder.name}/model.pt",
         volumes=volumes,
         metrics=pooled.compute(),
         train=train,
-        validation=validation,
+        validation=_log(folder / "validation.csv"),
         facts=facts,
         seams=(seams[0], seams[1]) if num_cut else None,
+        seam_note="No volume is larger than one block, so there is no seam. Of a large stack: seg3d seam-check.",
+        made=made,
         texts=texts,
     )
     _note_parts(source)
     return source
 
 
+def _read_pretraining(folder: Path) -> Source:
+    """A training that finds no objects: its curves, and how it was made."""
+    train = _log(folder / "train.csv")
+    made, texts = made_of_run(folder)
+    return Source(
+        title=f"Pre-training {folder.name}",
+        lead="A backbone that learns from volumes without labels; it finds no objects.",
+        volumes=[],
+        train=train,
+        validation=_log(folder / "validation.csv"),
+        facts=_training_facts(train),
+        made=made,
+        texts=texts,
+    )
+
+
 def read_prediction(
-    output: Path, image: str | Path, truth: str | Path | None = None, channel: int = 0, roi: Sequence[int] | None = None
+    output: Path,
+    image: str | Path,
+    truth: str | Path | None = None,
+    channel: int = 0,
+    roi: Sequence[int] | None = None,
+    seams: str | Path | None = None,
 ) -> Source:
     """Read what `seg3d predict` wrote.
 
@@ -150,6 +178,7 @@ def read_prediction(
         truth: true labels, where they are known.
         channel: of the image.
         roi: (z1, y1, x1, z2, y2, x2), what is looked at; None is the middle, as much as can be read at once.
+        seams: JSON that `seg3d seam-check` wrote of the same stack and weights.
 
     Raises:
         FileNotFoundError: one of them does not exist.
@@ -182,21 +211,57 @@ def read_prediction(
         pooled = InstanceMetrics()
         pooled.update(looked.truth, looked.labels)
         metrics = pooled.compute()
-    attributes = place / "zarr.json" if (place / "zarr.json").exists() else place / ".zattrs"
+    made, texts = made_of_prediction(output, place)
     source = Source(
         title=f"Prediction {output.name}",
         lead=f"{len(table):,} objects in {' x '.join(f'{n:,}' for n in labels.shape[1:])} voxels",
         volumes=[looked],
         metrics=metrics,
-        facts={"objects": len(table), "peak memory, GB": _peak_gb()},
-        texts={attributes.name: json.dumps(json.loads(attributes.read_text(encoding="utf-8")), indent=1)},
+        facts={"voxels": int(np.prod(labels.shape[1:])), "peak memory of making this page, GB": _peak_gb()},
+        seam_check=None if seams is None else _read_seams(Path(seams)),
+        seam_note="Not looked at yet: seg3d seam-check predicts a region under two grids of blocks and writes a JSON, "
+        "which seg3d report --seams takes.",
+        made=made,
+        texts=texts,
+    )
+    source.notes.append(
+        "A prediction keeps no times, so that the same input gives the same bytes; seg3d predict --dry_run predicts "
+        "one block and says what the whole takes."
     )
     if shown.shape != labels.shape[1:]:
         source.notes.append(
             f"Pictures, charts and metrics are of the region {region}; the number of objects is of all."
         )
-    source.notes.append("Whether blocks leave seams: seg3d seam-check.")
     return source
+
+
+def _read_seams(file: Path) -> dict[str, Any]:
+    """What a seam check found.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is something else.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"--seams {str(file)!r} does not exist; give the JSON that seg3d seam-check wrote")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--seams {str(file)!r} is no JSON: {error}") from error
+    if not isinstance(found, dict) or not {"at_faces", "away", "excess"} <= found.keys():
+        raise ValueError(f"--seams {str(file)!r} is not what seg3d seam-check writes; give its JSON")
+    return found
+
+
+def _training_facts(train: pd.DataFrame | None) -> dict[str, Any]:
+    if train is None or not len(train):
+        return {}
+    last = train.iloc[-1]
+    return {
+        "minutes of training": float(last["elapsed_seconds"]) / 60,
+        "steps": int(last["iteration"]),
+        "seconds a step": float(last["elapsed_seconds"]) / int(last["iteration"]),
+    }
 
 
 def _object_table(output: Path) -> pd.DataFrame:

@@ -90,7 +90,7 @@ def printed_names(text: str) -> list[str]:
         (["maskrcnn3d", "net.ts", "--shape", "[0,32,48]"], "three positive numbers"),
         (["maskrcnn3d", "net.ts", "--batch", "0"], "--batch is 0; give at least 1"),
         (["maskdino3d", "net.ts", "--checkpoint", "model.pt"], "does not fit the network"),
-        (["pretrain3d", "net.ts"], "config file 'inference.json' does not exist"),
+        (["pretrain3d", "net.ts"], "checkpoint 'runs/pretrain3d/model.pt' does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seg3d_monai.losses import MaskedReconstruction
-from seg3d_monai.losses.reconstruction import patched
+from seg3d_monai.losses.reconstruction import patched, unpatched
 from seg3d_monai.models.masked_autoencoder import voxels_of
 
 PATCH = (2, 1, 3)
@@ -36,6 +36,24 @@ def test_who_guesses_nothing_of_a_normalised_patch_has_a_loss_of_one():
     guess = wanted.unflatten(1, (2, 4, 3)).unflatten(-1, (2, *PATCH)).permute(0, 4, 5, 6, 7, 1, 2, 3).flatten(1, 4)
     guess = voxels_of(guess, PATCH)
     assert float(criterion(outputs(images, guess, hidden), [])["reconstruction"]) < 1e-10
+
+
+def test_patches_are_put_back_where_they_were():
+    images = torch.arange(2 * 2 * 4 * 3 * 9.0).view(2, 2, 4, 3, 9)
+    assert torch.equal(unpatched(patched(images, PATCH), images.shape, PATCH), images)
+
+
+def test_a_guess_is_shown_in_units_of_the_image():
+    images = torch.randn(1, 2, 4, 2, 6) * 3 + 7
+    hidden = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    wanted = patched(images, PATCH)
+    normed = (wanted - wanted.mean(-1, keepdim=True)) / wanted.std(-1, keepdim=True, correction=0)
+    right = outputs(images, unpatched(normed, images.shape, PATCH), hidden)
+    torch.testing.assert_close(MaskedReconstruction().guessed_images(right), images)
+    nothing = MaskedReconstruction().guessed_images(outputs(images, torch.zeros_like(images), hidden))
+    torch.testing.assert_close(patched(nothing, PATCH), wanted.mean(-1, keepdim=True).expand_as(wanted))
+    plain = MaskedReconstruction(normalise=False).guessed_images(outputs(images, 2 * images, hidden))
+    assert torch.equal(plain, 2 * images)
 
 
 def test_empty_patches_do_not_explode():

@@ -108,12 +108,55 @@ def test_the_same_source_gives_the_same_page():
 def test_no_truth_no_objects_and_no_training():
     looked = scene()
     bare = LookedAt(name="v", image=looked.image, labels=0 * looked.labels, table=looked.table.iloc[:0])
-    page = build(Source(title="t", lead="l", volumes=[bare], notes=["Only a part."]))
+    page = build(Source(title="t", lead="l", volumes=[bare], notes=["Only a part."], seam_note="Not looked at."))
     words = " ".join(checked(page).words)
     assert "Only a part." in words
     assert "Without annotated truth" in words
-    for section in ("Training", "Quality", "Faults", "Seams"):
+    assert "Not looked at." in words
+    for section in ("Training", "Quality", "Faults"):
         assert section not in words
+
+
+def test_a_seam_check_is_told_with_its_interval():
+    check = {
+        "at_faces": {"num_cells": 40, "num_disagreeing": 3, "rate": 0.075, "rate_interval": [0.02, 0.2]},
+        "away": {"num_cells": 21, "num_disagreeing": 0, "rate": 0.0, "rate_interval": [0.0, 0.155]},
+        "excess": 0.075,
+        "excess_interval": [-0.09, 0.2],
+    }
+    words = " ".join(checked(build(source([scene()], seams=None, seam_check=check))).words)
+    assert "next to a block's face 40 3 0.075 0.020 to 0.200" in words
+    assert "elsewhere 21 0 0.000 0.000 to 0.155" in words
+    assert "95 % interval -0.090 to 0.200" in words
+
+
+def test_a_pretraining_has_curves_and_no_objects():
+    curves = pd.DataFrame({"elapsed_seconds": [60, 240], "explained": [0.25, 0.375]})
+    words = " ".join(checked(build(source([], metrics=None, validation=curves, seams=None))).words)
+    assert "0.375 share of the hidden that is known" in words
+    assert "Training" in words
+    for section in ("Pictures", "Quality", "Objects", "Faults", "Seams"):
+        assert section not in words
+
+
+def test_how_it_was_made_is_told():
+    words = " ".join(checked(build(source([scene()], made={"bundle": "maskrcnn3d, 0.1.0"}))).words)
+    assert "bundle maskrcnn3d, 0.1.0" in words
+
+
+def test_no_kind_of_fault_crowds_out_another():
+    labels = np.zeros((4, 60, 60), np.uint32)
+    truth = np.zeros((4, 60, 60), np.uint16)
+    for number in range(49):  # missed, each a little larger than the one before
+        y, x = 8 * (number // 7), 8 * (number % 7)
+        truth[: 1 + number // 25, y : y + 4, x : x + 4] = number + 1
+    labels[0, 56:59, 56:59] = 7
+    table = pd.DataFrame({"id": [7], "score": [0.5]})
+    looked = LookedAt(name="v", image=truth, labels=labels, table=table, truth=truth, origin=(5, 100, 0))
+    words = " ".join(checked(build(source([looked]))).words)
+    assert "false positive v 5, 157, 57 9 0.000 0.500" in words
+    assert "10 more are not listed." in words
+    assert words.count("missed v") == 39
 
 
 def test_many_volumes_and_many_faults_stay_readable():
@@ -142,6 +185,8 @@ def test_numbers_as_people_read_them():
     assert [shown(value) for value in values] == ["unknown", "yes", "12,345", "0.123", "12.3", "12,346", "x"]
     page = Page("t", "l")
     page.section("s")
-    page.table(["a"], [[1], ["<b>"]])
+    page.table(["a", "b"], [[1, "<b>"], [None, None]])
+    assert '<tr><th class="n">a</th><th>b</th></tr>' in page.text()
     assert '<td class="n">1</td>' in page.text()
+    assert '<td class="n">–</td><td>unknown</td>' in page.text()
     assert "<td>&lt;b&gt;</td>" in page.text()

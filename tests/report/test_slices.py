@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from seg3d_monai.report import save_slices
-from seg3d_monai.report.slices import outline_segments
+from seg3d_monai.report.slices import outline_segments, slices_figure
 
 
 def test_outlines_of_two_touching_instances() -> None:
@@ -86,6 +87,37 @@ def test_a_channel_and_a_position_are_chosen(tmp_path: Path) -> None:
     other = save_slices(tmp_path / "c.png", stacked, truth, None, position=(2, 10, 20))
     assert alone.read_bytes() == chosen.read_bytes()
     assert alone.read_bytes() != other.read_bytes()
+
+
+def drawn_words(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_places_are_those_of_the_volume() -> None:
+    image, truth, _ = make()
+    words = drawn_words(slices_figure(image, truth, None, position=(2, 10, 20), origin=(100, 1000, 7)))
+    assert words == ["YX  z = 102", "XZ  y = 1010", "YZ  x = 27"]
+
+
+def test_a_small_picture_keeps_the_size_of_its_words() -> None:
+    image, truth, prediction = make()
+    small = slices_figure(image, truth, prediction, (4.0, 1.0, 1.0), longest_inch=2.0, has_key=False)
+    assert max(small.get_size_inches()) < 2.5
+    assert {text.get_fontsize() for axes in small.axes for text in axes.texts} == {8.0}
+    assert small.legends == []
+    assert len(slices_figure(image, truth, prediction).legends) == 1
+
+
+def test_a_projection_does_not_break_outlines_in_noise() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.zeros((20, 40, 40), int)
+    labels[5:12, 10:30, 10:30] = 1
+    image = rng.normal(0, 1, labels.shape) + 2.0 * (labels > 0)
+    figure = slices_figure(image, labels, None, projects=True)
+    plan = figure.axes[0].collections[0].get_segments()
+    # The four sides of the square are 80 edges of pixels; those of the brightest raw voxels are 1.45 times as many.
+    length = sum(float(np.abs(np.diff(segment, axis=0)).sum()) for segment in plan)
+    assert length < 1.15 * 80
 
 
 def test_one_voxel_and_a_flat_image(tmp_path: Path) -> None:

@@ -165,8 +165,7 @@ def test_the_projects_own_bundles_satisfy_the_published_schema(folder: Path) -> 
 @pytest.mark.parametrize("folder", BUNDLES, ids=lambda folder: folder.name)
 def test_the_projects_own_bundles_have_what_belongs_to_them(folder: Path) -> None:
     failed = {name for name, (result, _) in results(folder).items() if result == FAILED}
-    has_inference = (folder / "configs/inference.json").is_file()  # a pre-training has nothing to infer
-    assert failed == (set() if has_inference else {"file configs/evaluate.json", "file configs/inference.json"})
+    assert failed == set()
 
 
 def test_weights_that_do_not_fit_are_named(bundle: Path) -> None:
