@@ -47,7 +47,7 @@ def train(bundle: str, *, config_file: str | None = None, overlay: str | None = 
     and a key that the configuration does not have is refused.
 
     Args:
-        bundle: Folder of the bundle, or its name in ./bundles.
+        bundle: Folder of the bundle, or the name of one in ./bundles or of the package.
         config_file: Configuration file, or "['a','b']", to run instead of configs/train.json.
         overlay: Names of files in configs/overlays, or paths of such files, separated by commas.
         overrides: Any key of the configuration and its value.
@@ -97,7 +97,7 @@ def predict(
     Args:
         input: TIFF, OME-TIFF, Zarr, OME-Zarr, NIfTI and others, see docs/formats.md.
         output: OME-Zarr to write, X.zarr; the table goes beside it as X.instances.parquet.
-        bundle: Folder of the bundle, or its name in ./bundles.
+        bundle: Folder of the bundle, or the name of one in ./bundles or of the package.
         config_file: Configuration file, or "['a','b']", to run instead of configs/inference.json.
         overlay: Names of files in configs/overlays, or paths of such files, separated by commas.
         checkpoint: Trained weights; the bundle says which are used without it.
@@ -170,7 +170,7 @@ def seam_check(
     Args:
         input: TIFF, OME-TIFF, Zarr, OME-Zarr, NIfTI and others, see docs/formats.md.
         report: File for all numbers, X.json; the picture goes beside it as X.png.
-        bundle: Folder of the bundle, or its name in ./bundles.
+        bundle: Folder of the bundle, or the name of one in ./bundles or of the package.
         config_file: Configuration file, or "['a','b']", to run instead of configs/inference.json.
         overlay: Names of files in configs/overlays, or paths of such files, separated by commas.
         checkpoint: Trained weights; the bundle says which are used without it.

@@ -36,7 +36,7 @@ def suggest(
         db: Crop index, as `seg3d index` or a training writes it (RUN/crops.sqlite).
         checkpoint: Trained weights, RUN/model.pt.
         output: Folder to write; a folder 001, 002, … for each region.
-        bundle: Folder of the bundle, or its name in ./bundles.
+        bundle: Folder of the bundle, or the name of one in ./bundles or of the package.
         overlay: Names of files in configs/overlays, or paths of such files, separated by commas.
         num: Regions to choose; default 10.
         candidates: Regions to choose from, at most; default 100. Time grows with it.

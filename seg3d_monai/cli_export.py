@@ -20,7 +20,7 @@ def export(
     is in it, and how to go on from its outputs.
 
     Args:
-        bundle: Folder of the bundle, or its name in ./bundles.
+        bundle: Folder of the bundle, or the name of one in ./bundles or of the package.
         out: File to write: .pt2 (torch.export), .onnx, or .ts (TorchScript).
         config_file: Configuration file, or "['a','b']", to read instead of configs/inference.json.
         overlay: Names of files in configs/overlays, or paths of such files, separated by commas.

@@ -48,7 +48,7 @@ def pack(
     """Write a bundle as one zip that MONAI runs wherever it is unpacked and seg3d_monai is installed.
 
     Args:
-        bundle: Folder of the bundle, or its name in ./bundles.
+        bundle: Folder of the bundle, or the name of one in ./bundles or of the package.
         out: Zip to write, X.zip.
         checkpoint: Trained weights, RUN/model.pt; default those that the bundle has.
         overlay: Names of files in configs/overlays, or paths of such files, separated by commas; merged into the packed

@@ -29,7 +29,7 @@ def tune(
     `seg3d predict` and for evaluations, the report beside it says what it gains. docs/tune.md is the guide.
 
     Args:
-        bundle: Folder of the bundle, or its name in ./bundles.
+        bundle: Folder of the bundle, or the name of one in ./bundles or of the package.
         output_dir: Folder of the training, RUN.
         dataset_dir: The data that it was trained on, or others.
         overlay: Names of files in configs/overlays, or paths of such files, separated by commas.
