@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from peers.figure import draw_curves
 from peers.race import SCORES, Row
 from peers.report import HEADINGS
 
-SHOWN = ("f1_50", "f1_70", "seg", "mucov")
 COLOURS = {"scratch": "#777777", "masked": "#2b6ca3", "synthetic": "#c1440e", "both": "#3a7d44"}
 
 
@@ -37,32 +37,5 @@ def states(row: Row) -> list[Row]:
 
 def draw(rows: Sequence[Row], file: Path) -> None:
     """Write the picture: scores against steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "compare_starts"  # the same rows give the same file
-    figure, axes = pyplot.subplots(1, len(SHOWN), figsize=(3.2 * len(SHOWN), 3.0), sharex=True)
-    for axis, score in zip(axes, SHOWN, strict=True):
-        named: set[str] = set()
-        for row in rows:
-            name = row["start"]
-            found = states(row)
-            axis.plot(
-                [state["steps"] for state in found],
-                [state[score] for state in found],
-                color=COLOURS[name],
-                marker="o",
-                markersize=3,
-                linewidth=1,
-                label=None if name in named else name,
-            )
-            named.add(name)
-        axis.set_title(HEADINGS[score], fontsize=10)
-        axis.set_xlabel("steps on labels")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-    pyplot.close(figure)
+    curves = [(row["start"], COLOURS[row["start"]], states(row)) for row in rows]
+    draw_curves(curves, file, along="steps", label="steps on labels")

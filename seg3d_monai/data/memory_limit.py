@@ -1,9 +1,10 @@
-"""Amounts of memory as users write them. Must not know what the memory is for."""
+"""Amounts of memory: as users write them, of the machine, of this process. Must not know what the memory is for."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -36,3 +37,12 @@ def machine_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process has had, None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

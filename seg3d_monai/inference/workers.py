@@ -7,7 +7,6 @@ are handed out.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from seg3d_monai.data.freed_memory import give_back, main_heap_thread, share_one_heap
 from seg3d_monai.data.intensity import check_block
+from seg3d_monai.data.memory_limit import peak_memory
 from seg3d_monai.inference.blocks import Block, BlockPlan, Roi, roi_shape
 from seg3d_monai.inference.evidence import Census, Ints, Links, link_block, take_census
 from seg3d_monai.inference.instances import Instances
@@ -153,11 +153,7 @@ class BlockWorker:
 
     def peak_memory(self) -> int:
         """The most memory that this process has had, bytes; 0 where the system does not tell."""
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_memory() or 0
 
     def close(self) -> None:
         """End the thread of the network."""

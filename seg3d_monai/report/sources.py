@@ -20,6 +20,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from seg3d_monai.data import ArrayVolume, Volume, open_volume
+from seg3d_monai.data.memory_limit import peak_memory
 from seg3d_monai.inference import predict_labels
 from seg3d_monai.inference.predict import plan_blocks, predict_plan
 from seg3d_monai.inference.seam_cells import SAME, compare_labels
@@ -299,11 +300,5 @@ def _log(file: Path) -> pd.DataFrame | None:
 
 def _peak_gb() -> float | None:
     """Peak of this process's memory in 1e9 bytes; None where the platform does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+    peak = peak_memory()
+    return None if peak is None else peak / 1e9
