@@ -330,7 +330,7 @@ def annotate_partly(labels: Array, fraction: float, rng: np.random.Generator) ->
     """Labels as of somebody who annotated, in a box somewhere, every nucleus that lies mostly in it.
 
     Args:
-        labels: unsigned integers [Z, Y, X], 0 background, ids compact from 1.
+        labels: unsigned integers [Z, Y, X], 0 background, ids compact from 1; the dtype's maximum is ignore.
         fraction: of the volume that the box takes, above 0.
         rng: for its place.
 
@@ -344,19 +344,21 @@ def annotate_partly(labels: Array, fraction: float, rng: np.random.Generator) ->
     box = tuple(slice(a, a + n) for a, n in zip(start, extent, strict=True))
     inside = np.zeros(labels.shape, bool)
     inside[box] = True
-    voxels = np.bincount(labels.ravel())
-    is_kept = 2 * np.bincount(labels[box].ravel(), minlength=len(voxels)) > voxels
+    ignore = np.iinfo(labels.dtype).max
+    known = np.where(labels == ignore, 0, labels)
+    voxels = np.bincount(known.ravel())
+    is_kept = 2 * np.bincount(known[box].ravel(), minlength=len(voxels)) > voxels
     is_kept[0] = False
     kept = np.flatnonzero(is_kept)
     new_id = np.zeros(len(voxels), labels.dtype)
     new_id[kept] = np.arange(1, len(kept) + 1)
-    result = new_id[labels]
-    result[(result == 0) & (~inside | (labels > 0))] = np.iinfo(labels.dtype).max
+    result = new_id[known]
+    result[(result == 0) & (~inside | (labels > 0))] = ignore
     return result, kept
 
 
 def _contrast_to_noise(image: Array, labels: Array) -> float:
-    inside, outside = image[labels > 0], image[labels == 0]
+    inside, outside = image[(labels > 0) & (labels < np.iinfo(labels.dtype).max)], image[labels == 0]
     if inside.size == 0 or outside.size == 0:
         return 0.0
     return round(float((np.median(inside) - np.median(outside)) / max(float(outside.std()), 1e-6)), 3)

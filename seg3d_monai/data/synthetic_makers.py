@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from seg3d_monai.data.synthesis import Recipe, Scene, SyntheticStack
+from seg3d_monai.data.synthesis.contrast import visible_scene
 from seg3d_monai.data.synthesis.scene import Voxels
+from seg3d_monai.data.synthesis.stack import IGNORED
 from seg3d_monai.data.synthetic_imaging import ImagingModel
 from seg3d_monai.data.synthetic_nuclei import NucleiModel
 from seg3d_monai.data.synthetic_slabs import SlabStack
@@ -104,7 +106,8 @@ class Scenes:
     def volume(self, shape: Shape, seed: Sequence[int], depth_um: float) -> tuple[Array, Array, Array]:
         """See `Maker`."""
         image, labels = self._stack(shape, seed).whole()
-        return image[0] if self.channels == 1 else image, labels, np.zeros(int(labels.max()), np.int64)
+        num_ids = int(labels.max(where=labels != IGNORED, initial=0))
+        return image[0] if self.channels == 1 else image, labels, np.zeros(num_ids, np.int64)
 
     def stack(self, shape: Shape, seed: Sequence[int], depth_um: float) -> tuple[Volume, Volume, Array]:
         """See `Maker`."""
@@ -112,7 +115,7 @@ class Scenes:
         return image, labels, np.zeros(labels.num_ids, np.int64)
 
     def _scene(self, seed: Sequence[int]) -> Scene:
-        scene = self.recipe.scene(seed)
+        scene = visible_scene(self.recipe, seed)
         if self.spacing is None:
             return scene
         z, y, _ = self.spacing

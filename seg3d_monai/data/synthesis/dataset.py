@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from seg3d_monai.data.crop_dataset import CropSample, Transform
 from seg3d_monai.data.intensity import measure_intensity
+from seg3d_monai.data.synthesis.contrast import visible_scene
 from seg3d_monai.data.synthesis.presets import preset
 from seg3d_monai.data.synthesis.scene import Recipe
 from seg3d_monai.data.synthesis.stack import SyntheticStack
@@ -100,7 +101,7 @@ class SyntheticCropDataset(Dataset[CropSample]):
         intensity = measure_intensity(ArrayVolume(image, stack.spacing_um), self._percentiles)
         data: dict[str, Any] = {
             "image": torch.from_numpy(intensity.normalise(image)),
-            "label": torch.from_numpy(labels.astype(np.int32)[None]),
+            "label": torch.from_numpy(labels.view(np.int32)[None]),  # `IGNORED` becomes -1
         }
         if self.transform is not None:
             data["spacing_um"] = torch.tensor(stack.spacing_um, dtype=torch.float64)
@@ -116,7 +117,7 @@ class SyntheticCropDataset(Dataset[CropSample]):
     def _stack(self, epoch: int, position: int) -> SyntheticStack:
         refused = ""
         for draw in range(MAX_DRAWS):
-            scene = self.recipe.scene((self.seed, epoch, position, draw))
+            scene = visible_scene(self.recipe, (self.seed, epoch, position, draw))
             if scene.objects.diameter_um > min(
                 n * s for n, s in zip(self.crop_size, scene.voxels.spacing_um, strict=True)
             ):

@@ -298,7 +298,5 @@ def _grains(camera: Camera, seed: Sequence[int], region: Region) -> Array:
 
 def digitised(counts: Array, camera: Camera) -> Array:
     """Counts as whole numbers of the camera, uint16: cut off where it saturates, and coarser with fewer bits."""
-    white = min(camera.offset + camera.gain * camera.photons * camera.white_level, 65535.0)
-    levels = 2.0 ** round(camera.bits) - 1
-    scale = levels / white if levels < white else 1.0
-    return np.rint(np.clip(counts, 0, white) * np.float32(scale)).astype(np.uint16)
+    scale = np.float32(1 / max(camera.counts_a_level, 1.0))
+    return np.rint(np.clip(counts, 0, camera.white_count) * scale).astype(np.uint16)

@@ -33,6 +33,7 @@ _CAMERA = {
     "read_noise": [1.0, 8.0],
     "white_level": [2.0, 20.0],
     "bits": [12.0, 16.0],
+    "least_contrast": 1.0,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -112,10 +113,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "randomised": {
         "depth_um": [0.0, 200.0],
-        "voxels": {"plane_um": [0.3, 1.2], "anisotropy": [1.0, 6.0]},
+        "voxels": {"plane_um": [0.4, 1.0], "anisotropy": [1.0, 4.0]},
         "objects": {
             **_SHAPES,
-            "diameter_um": [6.0, 20.0],
+            "diameter_um": [8.0, 20.0],
             "spread": [0.0, 0.35],
             "fill": [0.02, 0.8],
             "closeness": [0.7, 1.1],
@@ -166,6 +167,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "read_noise": [0.0, 12.0],
             "white_level": [1.5, 20.0],
             "bits": [8.0, 16.0],
+            "least_contrast": 1.0,
         },
     },
 }

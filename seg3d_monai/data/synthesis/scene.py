@@ -176,6 +176,8 @@ class Camera(Group):
         grain: how far its noise is correlated within planes, as the standard deviation of a filter in voxels: images
             that were resampled.
         grain_axial: that along z.
+        least_contrast: contrast of an object against a voxel's noise below which nobody can see it: it becomes ignore,
+            and scenes whose average object has less are not drawn. 0 keeps all.
     """
 
     photons: float = number(240.0, is_scale=True)
@@ -186,6 +188,17 @@ class Camera(Group):
     bits: float = number(16.0, low=6.0, high=16.0)
     grain: float = number(0.0, high=3.0, is_late=True)
     grain_axial: float = number(0.0, high=3.0, is_late=True)
+    least_contrast: float = number(0.0, high=20.0, is_late=True)
+
+    @property
+    def white_count(self) -> float:
+        """Counts at which it saturates."""
+        return min(self.offset + self.gain * self.photons * self.white_level, 65535.0)
+
+    @property
+    def counts_a_level(self) -> float:
+        """Counts from one of its whole numbers to the next, before they are scaled to them."""
+        return self.white_count / (2.0 ** round(self.bits) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

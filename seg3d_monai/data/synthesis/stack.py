@@ -20,6 +20,7 @@ import numpy as np
 
 from seg3d_monai.data.synthesis import light
 from seg3d_monai.data.synthesis.cells import Cells, Painter, as_cells
+from seg3d_monai.data.synthesis.contrast import contrast_to_noise
 from seg3d_monai.data.synthesis.light import CHANNELS
 from seg3d_monai.data.synthesis.placement import place_shapes, wanted_number
 from seg3d_monai.data.synthesis.region import Region
@@ -31,6 +32,8 @@ from seg3d_monai.data.volume import Volume, check_roi
 TILE = (32, 128, 128)
 CACHE_BYTES = 2**28
 """Of tiles that a volume keeps, at most."""
+IGNORED = np.uint32(2**32 - 1)
+"""Label of what nobody can see: neither an object nor background."""
 LEAST_REACHED = 0.9
 """Share of the objects asked for that must find a place."""
 _PLACES, _LOBES = 8, 9
@@ -49,6 +52,7 @@ class SyntheticStack:
     Attributes:
         spacing_um: (z, y, x) micrometres per voxel.
         cells: the objects, in micrometres.
+        can_be_seen: bool [G + 1], by number: whether the camera's `least_contrast` is reached; true of background.
 
     Raises:
         ValueError: a shape or channels that are none, a volume too small for its objects, or too little room for as
@@ -84,6 +88,14 @@ class SyntheticStack:
         self._painter = Painter(self.cells, self._spacing, *light.painted_range(scene))
         self._brightness = light.brightness(scene, self.cells)
         self._centres, self._masses = self.cells.centres(), self.cells.volumes() * self._brightness[1:]
+        contrasts = contrast_to_noise(
+            scene,
+            centres_um=self._centres,
+            radii_um=np.cbrt(3 / (4 * np.pi) * self.cells.volumes()),
+            brightness=self._brightness[1:],
+            extent_um=self.extent_um,
+        )
+        self.can_be_seen = np.append(True, contrasts >= scene.camera.least_contrast)
         self._structures = structures(scene, self.extent_um, self.cells.num_objects)
         self._halo = light.halo(scene.optics, self._spacing)
 
@@ -120,9 +132,22 @@ class SyntheticStack:
         return np.stack(channels), painted.owner(scene.objects.reach)[inner]
 
     def whole(self) -> tuple[Array, Array]:
-        """The volume at once: image uint16 [C, Z, Y, X], and labels uint32 [Z, Y, X], ids compact from 1."""
+        """The volume at once: image uint16 [C, Z, Y, X], and labels uint32 [Z, Y, X]: compact ids, or `IGNORED`."""
         image, owners = self.image_and_owners(Region(start=np.zeros(3, np.int64), stop=np.array(self.shape)))
-        return image, visible_ids(np.bincount(owners.ravel(), minlength=self.cells.num_objects + 1))[owners]
+        return image, self.ids(np.bincount(owners.ravel(), minlength=self.cells.num_objects + 1))[owners]
+
+    def ids(self, voxels: Array) -> Array:
+        """Labels of the objects, by number.
+
+        Args:
+            voxels: [G + 1], of the background and of each object in the volume.
+
+        Returns:
+            uint32 [G + 1]: ids compact from 1, 0 for those of too few voxels, `IGNORED` for those that cannot be seen.
+        """
+        ids = visible_ids(np.where(self.can_be_seen, voxels, 0))
+        ids[~self.can_be_seen] = IGNORED
+        return ids
 
     def volumes(self) -> tuple[Volume, LabelTiles]:
         """Image and labels as volumes whose voxels are made when they are read."""
@@ -173,7 +198,7 @@ class _Tiles(Volume):
 
 
 class LabelTiles(_Tiles):
-    """The labels of a stack, uint32, ids compact from 1; to number them the stack is painted once.
+    """The labels of a stack, uint32, ids compact from 1, or `IGNORED`; to number them the stack is painted once.
 
     Attributes:
         num_ids: the largest id.
@@ -184,8 +209,8 @@ class LabelTiles(_Tiles):
         voxels = np.zeros(stack.cells.num_objects + 1, np.int64)
         for tile in product(*self.tiles):
             voxels += np.bincount(stack.owners(self._region(tile)).ravel(), minlength=len(voxels))
-        self._ids = visible_ids(voxels)
-        self.num_ids = int(self._ids.max(initial=0))
+        self._ids = stack.ids(voxels)
+        self.num_ids = int(self._ids[stack.can_be_seen].max())
 
     def _make_tile(self, tile: tuple[int, int, int]) -> Array:
         return self._ids[self._stack.owners(self._region(tile))][None]
