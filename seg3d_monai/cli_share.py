@@ -41,6 +41,7 @@ def pack(
     checkpoint: str | None = None,
     overlay: str | None = None,
     safetensors: bool = False,
+    half: bool = False,
     version: str | None = None,
     changelog: str | None = None,
     overwrite: bool = False,
@@ -54,6 +55,7 @@ def pack(
         overlay: Names of files in configs/overlays, or paths of such files, separated by commas; merged into the packed
             configurations.
         safetensors: Write the weights as models/model.safetensors too.
+        half: Keep kernels and matrices as float16, in half of the bytes; networks compute as before.
         version: New version of the metadata, X.Y.Z; needs `--changelog`.
         changelog: What changed in this version.
         overwrite: Replace an existing zip.
@@ -69,6 +71,7 @@ def pack(
             checkpoint=None if checkpoint is None else Path(checkpoint),
             overlays=overlays,
             safetensors=safetensors,
+            half=half,
             version=version,
             changes=changelog,
             overwrite=overwrite,

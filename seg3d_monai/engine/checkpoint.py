@@ -87,10 +87,15 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], spacing_um: Sequenc
         spacing_um: (z, y, x) micrometres per voxel of the training; kept where torch keeps facts about a state dict, in
             its attribute `_metadata`, so that it stays one of tensors alone.
     """
-    plain: dict[str, Tensor] = OrderedDict(weights)
+    replace_file(path, lambda file: save_weights(file, weights, spacing_um))
+
+
+def save_weights(file: IO[bytes], weights: Mapping[str, Any], spacing_um: Sequence[float] | None = None) -> None:
+    """Write to an open file what `write_weights` writes."""
+    plain: dict[str, Any] = OrderedDict(weights)
     if spacing_um is not None:
         plain._metadata = {"": {SPACING: list(spacing_um)}}  # type: ignore[attr-defined]
-    replace_file(path, lambda file: torch.save(plain, file))
+    torch.save(plain, file)
 
 
 def read_last(folder: Path) -> dict[str, Any] | None:

@@ -61,8 +61,8 @@ def maskrcnn3d(
             masks of small objects.
         mask_margin, mask_scoring: see `MaskRCNN3d`.
         image_power: see `ImagePower`.
-        mask_image_channels: channels of the image, if the mask head reads it beside the features: for outlines finer
-            than the finest level.
+        mask_image_channels: channels of the image that the mask head reads beside the features, for outlines finer than
+            the finest level: 0, those of the image, or 1 for their mean.
         sampling_ratio: RoIAlign samples a bin and axis.
         semantic: whether foreground and borders are learned beside, on the finest level of `mask_levels`.
         norm: of `ConvNormAct`, in the pyramid and the heads; the backbone has its own.

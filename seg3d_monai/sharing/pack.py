@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from seg3d_monai.engine.checkpoint import replace_file
+from seg3d_monai.engine.checkpoint import read_spacing, replace_file, save_weights
 from seg3d_monai.sharing.files import CONFIGS, bundle_files, read_config
 from seg3d_monai.sharing.ids import SEPARATOR, merge, normalise
 from seg3d_monai.sharing.metadata import METADATA, with_version
-from seg3d_monai.sharing.weights import read_plain, write_safetensors
+from seg3d_monai.sharing.weights import halved, read_plain, write_safetensors
 
 TRAIN, INFERENCE = "configs/train.json", "configs/inference.json"
 WEIGHTS, SAFETENSORS = "models/model.pt", "models/model.safetensors"
@@ -51,6 +51,7 @@ def pack_bundle(
     checkpoint: Path | None = None,
     overlays: Sequence[Path] = (),
     safetensors: bool = False,
+    half: bool = False,
     version: str | None = None,
     changes: str | None = None,
     overwrite: bool = False,
@@ -63,6 +64,7 @@ def pack_bundle(
         checkpoint: Weights to put in as models/model.pt; None takes those of the bundle, if any.
         overlays: Files merged into train.json and inference.json; the inference takes the keys that it has.
         safetensors: Write the weights as models/model.safetensors too.
+        half: Keep kernels and matrices as float16.
         version: New version in the metadata; None leaves it.
         changes: What changed, for the changelog.
         overwrite: Replace the target.
@@ -70,7 +72,7 @@ def pack_bundle(
     Raises:
         FileNotFoundError: If the target's folder, the weights or an overlay do not exist.
         ValueError: If the target exists, is no zip or lies in the bundle; if the weights hold anything but tensors and
-            numbers; if an overlay's key is in no configuration; if the version is none or not a new one.
+            numbers, or numbers that do not fit; if an overlay's key is in no configuration; if the version is none or not a new one.
     """
     _check_target(folder, target, overwrite)
     if (version is None) != (changes is None):
@@ -81,10 +83,10 @@ def pack_bundle(
     if version is not None and changes is not None:
         files[METADATA] = _json(with_version(metadata, version, changes))
     weights = checkpoint or (folder / WEIGHTS if WEIGHTS in files else None)
-    if weights is None and safetensors:
-        raise ValueError("--safetensors: there are no weights; give --checkpoint")
+    if weights is None and (safetensors or half):
+        raise ValueError(f"--{'safetensors' if safetensors else 'half'}: there are no weights; give --checkpoint")
     if weights is not None:
-        files |= _weights(weights, safetensors)
+        files |= _weights(weights, safetensors, half)
         files.pop(_NO_WEIGHTS_NOTE, None)
     top = folder.resolve().name
     replace_file(target, lambda file: _write(file, {f"{top}/{name}": content for name, content in files.items()}))
@@ -157,11 +159,15 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode()
 
 
-def _weights(source: Path, safetensors: bool) -> dict[str, Path | bytes]:
+def _weights(source: Path, safetensors: bool, half: bool) -> dict[str, Path | bytes]:
     if source.suffix == ".safetensors":
         raise ValueError(f"--checkpoint {str(source)!r}: give the model.pt; --safetensors writes the other form")
     weights = read_plain(source)
     files: dict[str, Path | bytes] = {WEIGHTS: source}
+    if half:
+        weights, buffer = halved(weights, source), io.BytesIO()
+        save_weights(buffer, weights, read_spacing(source))
+        files[WEIGHTS] = buffer.getvalue()
     if safetensors:
         buffer = io.BytesIO()
         write_safetensors(weights, source, buffer)

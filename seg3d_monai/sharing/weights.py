@@ -61,6 +61,29 @@ def read_plain(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def halved(weights: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Kernels and matrices as float16, in half of the bytes; what has one axis, such as norms, stays as it is.
+
+    Networks load them as the float32 that they compute with.
+
+    Args:
+        weights: What `read_plain` returns.
+        source: The file that they were read from.
+
+    Raises:
+        ValueError: If a number is too large for float16, or none; the message names the weight.
+    """
+    found = dict(weights)
+    for key, value in weights.items():
+        if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() > 1:
+            found[key] = value.half()
+            if not found[key].isfinite().all():
+                raise ValueError(
+                    f"--half: {key!r} of {str(source)!r} has numbers that float16 cannot hold; leave it out"
+                )
+    return found
+
+
 def write_safetensors(weights: Mapping[str, Any], source: Path, file: IO[bytes]) -> None:
     """Write weights as safetensors; the voxel size of the training, if known, goes to the header.
 

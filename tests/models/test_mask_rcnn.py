@@ -375,9 +375,10 @@ def test_intensities_are_raised_to_a_power(make_detector, make_target):
         make_detector(image_power=0)
 
 
+@pytest.mark.parametrize("read", [1, 2])
 @pytest.mark.parametrize("counts", [(0,), (0, 60)])
-def test_masks_may_read_the_image(make_detector, make_target, counts):
-    network = make_detector(in_channels=2, mask_image_channels=2)
+def test_masks_may_read_the_image(make_detector, make_target, counts, read):
+    network = make_detector(in_channels=2, mask_image_channels=read)
     targets = [make_target(SIZE, CROWD[:n]) for n in counts]
     _, losses = step(network, torch.randn(len(counts), 2, *SIZE), targets)
     sum(losses.values()).backward()

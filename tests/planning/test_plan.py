@@ -162,13 +162,17 @@ def test_channels_must_agree(fingerprint):
         plan_bundle(mixed, config(), 8 * GB, {})
 
 
-def test_blocks_stay_large_where_norms_do_not_mind(fingerprint):
-    overlay = ROOT / "bundles/maskrcnn3d/configs/overlays/model_accurate.json"
-    plan = plan_bundle(fingerprint, config(overlays=[str(overlay)]), 8 * GB, {})
+def test_blocks_stay_large_where_norms_do_not_mind(fingerprint, tmp_path):
+    plan = plan_bundle(fingerprint, config(), 8 * GB, {})
     own = config().get("block_size")
     assert all(n >= m for n, m in zip(decision(plan, "block_size").value, own, strict=True))
     assert "do not depend" in decision(plan, "block_size").reason
-    assert "batch" not in str(plan.train), "what the overlay says is not said again"
+    assert "batch" not in str(plan.train), "what the bundle says is not said again"
+    overlay = tmp_path / "group.json"
+    overlay.write_text(json.dumps({"backbone#norm": "group", "network_def#norm": "group"}))
+    grouped = plan_bundle(fingerprint, config(overlays=[str(overlay)]), 8 * GB, {})
+    crop = decision(grouped, "crop_size").value
+    assert all(n <= m for n, m in zip(decision(grouped, "block_size").value, crop, strict=True))
 
 
 def test_a_plan_on_top_of_an_overlay(fingerprint, tmp_path):

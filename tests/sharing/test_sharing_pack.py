@@ -21,6 +21,7 @@ from seg3d_monai.engine import load_weights, read_spacing
 from seg3d_monai.engine.checkpoint import write_weights
 from seg3d_monai.sharing.pack import pack_bundle
 from seg3d_monai.sharing.unpack import unpack
+from seg3d_monai.sharing.weights import read_plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,6 +125,30 @@ def test_a_checkpoint_goes_in_with_its_voxel_size_also_as_safetensors(bundle: Pa
         assert found.keys() == weights.keys()
         for key, value in weights.items():
             assert torch.equal(found[key], value)
+
+
+def test_half_of_the_bytes_for_kernels(bundle: Path, tmp_path: Path) -> None:
+    weights = OrderedDict((key, value + 1 / 3) for key, value in conv().state_dict().items())
+    write_weights(tmp_path / "trained.pt", weights, (2.0, 0.5, 0.5))
+    pack_bundle(bundle, tmp_path / "out.zip", checkpoint=tmp_path / "trained.pt", safetensors=True, half=True)
+    (tmp_path / "there").mkdir()
+    unpack(tmp_path / "out.zip", tmp_path / "there")
+    for name in ("model.pt", "model.safetensors"):
+        file = tmp_path / "there/toy/models" / name
+        assert read_spacing(file) == (2.0, 0.5, 0.5)
+        kept = read_plain(file)
+        assert {key: value.dtype for key, value in kept.items()} == {"weight": torch.float16, "bias": torch.float32}
+        found = load_weights(conv(), file).state_dict()
+        assert {value.dtype for value in found.values()} == {torch.float32}
+        assert torch.equal(found["bias"], weights["bias"])
+        torch.testing.assert_close(found["weight"], weights["weight"], rtol=2**-11, atol=0)
+        assert not torch.equal(found["weight"], weights["weight"])
+    write_weights(tmp_path / "large.pt", {"weight": torch.full((1, 2), 7e4)}, None)
+    with pytest.raises(ValueError, match="--half: 'weight' of .*large.pt' has numbers that float16 cannot hold"):
+        pack_bundle(bundle, tmp_path / "large.zip", checkpoint=tmp_path / "large.pt", half=True)
+    (bundle / "models/model.pt").unlink()
+    with pytest.raises(ValueError, match="--half: there are no weights"):
+        pack_bundle(bundle, tmp_path / "none.zip", half=True)
 
 
 def test_damaged_safetensors_are_a_user_error(tmp_path: Path) -> None:
