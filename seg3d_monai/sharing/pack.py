@@ -72,7 +72,8 @@ def pack_bundle(
     Raises:
         FileNotFoundError: If the target's folder, the weights or an overlay do not exist.
         ValueError: If the target exists, is no zip or lies in the bundle; if the weights hold anything but tensors and
-            numbers, or numbers that do not fit; if an overlay's key is in no configuration; if the version is none or not a new one.
+            numbers, or numbers that do not fit; if an overlay's key is in no configuration; if the version is none or
+            not a new one.
     """
     _check_target(folder, target, overwrite)
     if (version is None) != (changes is None):

@@ -78,9 +78,7 @@ def halved(weights: Mapping[str, Any], source: Path) -> dict[str, Any]:
         if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() > 1:
             found[key] = value.half()
             if not found[key].isfinite().all():
-                raise ValueError(
-                    f"--half: {key!r} of {str(source)!r} has numbers that float16 cannot hold; leave it out"
-                )
+                raise ValueError(f"--half: {key!r} of {str(source)!r} has numbers too large for float16; leave it out")
     return found
 
 

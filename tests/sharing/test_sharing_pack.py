@@ -144,7 +144,7 @@ def test_half_of_the_bytes_for_kernels(bundle: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found["weight"], weights["weight"], rtol=2**-11, atol=0)
         assert not torch.equal(found["weight"], weights["weight"])
     write_weights(tmp_path / "large.pt", {"weight": torch.full((1, 2), 7e4)}, None)
-    with pytest.raises(ValueError, match="--half: 'weight' of .*large.pt' has numbers that float16 cannot hold"):
+    with pytest.raises(ValueError, match=r"--half: 'weight' of .*large.pt' has numbers too large"):
         pack_bundle(bundle, tmp_path / "large.zip", checkpoint=tmp_path / "large.pt", half=True)
     (bundle / "models/model.pt").unlink()
     with pytest.raises(ValueError, match="--half: there are no weights"):
