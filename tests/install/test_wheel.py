@@ -139,14 +139,17 @@ def test_a_wheel_with_a_library_names_its_platform_and_no_version_of_python(tmp_
     library = copy / "seg3d_monai" / "_lib" / "ops-0123456789ab.so"
     library.parent.mkdir()
     library.write_bytes(b"stands for a library")
-    (copy / "bundles" / "maskrcnn3d" / "models" / "model.pt").write_bytes(b"somebody's weights")
+    models = copy / "bundles" / "mask2former3d" / "models"
+    (models / "model.pt").write_bytes(b"what the bundle ships")
+    (models / "best.pt").write_bytes(b"somebody's weights")
     (tmp_path / "out").mkdir()
     wheel = build_wheels.build_wheel(copy, tmp_path / "out", tag="manylinux_2_34_x86_64")
     assert wheel.name == f"seg3d_monai-{seg3d_monai.__version__}-py3-none-manylinux_2_34_x86_64.whl"
     assert "Root-Is-Purelib: false" in text(wheel, "dist-info/WHEEL")
     assert "seg3d_monai/_lib/ops-0123456789ab.so" in names(wheel)
     assert not [name for name in names(wheel) if ".data/" in name]  # where files of the other kind would lie
-    assert not [name for name in names(wheel) if name.endswith(".pt")]
+    assert "seg3d_monai/_bundles/mask2former3d/models/model.pt" in names(wheel)
+    assert not [name for name in names(wheel) if name.endswith("best.pt")]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ class SyntheticCropDataset(Dataset[CropSample]):
         channels: 1, or 2 for nuclei and membranes apart.
         transform: as of `CropDataset`; a recipe varies geometry and intensity itself.
         percentiles: of a crop, that become 0 and 1.
-        min_voxels, min_visible: visible voxels, and visible share, below which a cut object becomes ignore.
+        min_voxels: visible voxels below which a cut object becomes ignore.
+        min_visible: share of an object, as large as it would be alone, below which it becomes ignore. Slivers at the
+            borders of crops teach a network to find them at every border.
 
     Attributes:
         spacing_um: None; crops have many voxel sizes, and a network learns objects by their voxels.
@@ -63,7 +65,7 @@ class SyntheticCropDataset(Dataset[CropSample]):
         transform: Transform | None = None,
         percentiles: tuple[float, float] = (1.0, 99.8),
         min_voxels: int = 20,
-        min_visible: float = 0.1,
+        min_visible: float = 0.3,
     ) -> None:
         size = tuple(int(n) for n in crop_size)
         if len(size) != 3 or min(size) < 1:
@@ -97,7 +99,7 @@ class SyntheticCropDataset(Dataset[CropSample]):
         if not 0 <= position < self.num_samples:
             raise IndexError(f"position {position} is outside 0 … {self.num_samples - 1}")
         stack = self._stack(int(epoch), int(position))
-        image, labels = stack.whole()
+        image, labels, sizes = stack.whole_with_sizes()
         intensity = measure_intensity(ArrayVolume(image, stack.spacing_um), self._percentiles)
         data: dict[str, Any] = {
             "image": torch.from_numpy(intensity.normalise(image)),
@@ -108,7 +110,12 @@ class SyntheticCropDataset(Dataset[CropSample]):
             if hasattr(self.transform, "set_random_state"):
                 self.transform.set_random_state(seed=int(np.random.default_rng(stack.scene.seed).integers(2**32)))
             data = dict(self.transform(data))
-        targets = derive_targets(data["label"][0], min_voxels=self._min_voxels, min_visible=self._min_visible)
+        targets = derive_targets(
+            data["label"][0],
+            full_voxels=dict(enumerate(sizes.astype(int).tolist(), start=1)),
+            min_voxels=self._min_voxels,
+            min_visible=self._min_visible,
+        )
         z, y, x = self.crop_size
         return CropSample(
             image=data["image"], targets=targets, crop_id=position, volume="synthetic", roi=(0, 0, 0, z, y, x)

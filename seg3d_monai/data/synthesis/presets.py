@@ -118,7 +118,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             **_SHAPES,
             "diameter_um": [8.0, 20.0],
             "spread": [0.0, 0.35],
-            "fill": [0.02, 0.8],
+            "fill": [0.02, 0.6],
             "closeness": [0.7, 1.1],
             "reach": [1.0, 1.3],
             "axis_ratio": [1.0, 2.2],

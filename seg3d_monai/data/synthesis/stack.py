@@ -133,8 +133,14 @@ class SyntheticStack:
 
     def whole(self) -> tuple[Array, Array]:
         """The volume at once: image uint16 [C, Z, Y, X], and labels uint32 [Z, Y, X]: compact ids, or `IGNORED`."""
+        return self.whole_with_sizes()[:2]
+
+    def whole_with_sizes(self) -> tuple[Array, Array, Array]:
+        """As `whole`, and the voxels that each id would have if nothing cut or pressed it; float64 [num_ids]."""
         image, owners = self.image_and_owners(Region(start=np.zeros(3, np.int64), stop=np.array(self.shape)))
-        return image, self.ids(np.bincount(owners.ravel(), minlength=self.cells.num_objects + 1))[owners]
+        ids = self.ids(np.bincount(owners.ravel(), minlength=self.cells.num_objects + 1))
+        is_labelled = (ids > 0) & (ids != IGNORED)
+        return image, ids[owners], self.cells.volumes()[is_labelled[1:]] / self._spacing.prod()
 
     def ids(self, voxels: Array) -> Array:
         """Labels of the objects, by number.

@@ -151,6 +151,27 @@ def test_online_crops_with_a_transform_two_channels_and_no_objects() -> None:
     assert torch.isfinite(empty["image"]).all()
 
 
+def test_what_a_crop_hardly_shows_is_ignored() -> None:
+    whole = Objects(fill=0.02, diameter_um=9.0, attach=0.0, closeness=2.0, deformation=0.0)
+    stack = SyntheticStack(Scene(seed=(2,), objects=whole), (30, 60, 70))
+    labels, sizes = stack.whole_with_sizes()[1:]
+    voxels = np.bincount(labels.ravel())[1:]
+    assert len(voxels) == len(sizes) > 3
+    inside = np.ones(len(voxels), bool)
+    for axis in range(3):
+        for side in (0, -1):
+            inside[np.setdiff1d(np.unique(labels.take(side, axis)), [0]).astype(int) - 1] = False
+    assert inside.any()
+    np.testing.assert_allclose(voxels[inside], sizes[inside], rtol=0.1)
+    assert (voxels < 1.1 * sizes).all()
+    recipe = Recipe({"objects": {"fill": 0.4, "diameter_um": 9.0}})
+    strict, lax = (dataset(recipe=recipe, min_visible=share)[0]["targets"] for share in (0.5, 0.0))
+    assert 0 < len(strict["ids"]) < len(lax["ids"])
+    assert set(strict["ids"].tolist()) < set(lax["ids"].tolist())
+    for number in set(lax["ids"].tolist()) - set(strict["ids"].tolist()):
+        assert (strict["label"][lax["label"] == number] == -1).all()
+
+
 def test_online_crops_that_cannot_be(tmp_path: Any) -> None:
     for options, message in (
         ({"num_samples": 0}, "num_samples=0"),
