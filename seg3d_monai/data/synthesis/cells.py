@@ -55,6 +55,22 @@ class Cells:
         return np.bincount(self.owner - 1, volume, self.num_objects)
 
 
+def grown(cells: Cells, squares_um2: Array) -> Cells:
+    """Parts whose squared radii are larger, as a Gaussian filter makes a Gaussian wider; bumps grow along.
+
+    Args:
+        cells: objects.
+        squares_um2: [P, 3], what is added along (z, y, x) for each part, square micrometres.
+    """
+    axes = cells.shapes.axes
+    # With S added to its squared radii an ellipsoid |A x| = 1 becomes |(1 + A S A')^(-1/2) A x| = 1.
+    wider = np.eye(3) + np.einsum("gij,gj,gkj->gik", axes, squares_um2, axes)
+    values, vectors = np.linalg.eigh(wider)
+    shrink = np.einsum("gij,gj,gkj->gik", vectors, values**-0.5, vectors)
+    reach_um = cells.shapes.reach_um * np.sqrt(values.max(axis=1, initial=1))
+    return replace(cells, shapes=replace(cells.shapes, axes=shrink @ axes, reach_um=reach_um))
+
+
 def as_cells(rng: np.random.Generator, placed: Shapes) -> Cells:
     """Make two daughters of what divides, and lobes of what is lobed.
 

@@ -19,6 +19,22 @@ _BALL = 0.58  # standard deviation over radius of the Gaussian that a point spre
 Array = np.ndarray
 
 
+def point_spread_um(scene: Scene, places_um: Array, extent_um: Sequence[float] | Array) -> Array:
+    """Standard deviations of the point spread within planes, at places in a volume; micrometres [G].
+
+    Args:
+        scene: the scene.
+        places_um: [G, 3], (z, y, x) micrometres in the volume.
+        extent_um: (z, y, x) of the volume, micrometres.
+    """
+    optics = scene.optics
+    place = np.clip(places_um, 0, extent_um)
+    across = 2 * place[:, 2] / extent_um[2] - 1
+    deep = 1 - np.exp(-(scene.depth_um + place[:, 0]) / (2 * optics.attenuation_um)) + optics.sheet_end * across**2
+    result: Array = optics.psf_um * (1 + np.clip(deep, 0, 1) * (optics.scatter - 1))
+    return result
+
+
 def contrast_to_noise(
     scene: Scene, *, centres_um: Array, radii_um: Array, brightness: Array, extent_um: Sequence[float] | Array
 ) -> Array:
@@ -38,8 +54,7 @@ def contrast_to_noise(
     centre = np.clip(centres_um, 0, extent_um)
     depth = scene.depth_um + centre[:, 0]
     across = 2 * centre[:, 2] / extent_um[2] - 1
-    deep = np.clip(1 - np.exp(-depth / (2 * optics.attenuation_um)) + optics.sheet_end * across**2, 0, 1)
-    sigma = optics.psf_um * (1 + deep * (optics.scatter - 1))
+    sigma = point_spread_um(scene, centres_um, extent_um)
     along_z = sigma * optics.psf_ratio
     size = (_BALL * radii_um) ** 2
     spread = (1 + sigma**2 / size) * np.sqrt(1 + along_z**2 / size)

@@ -16,6 +16,7 @@ _SHAPES = {
     "elongated": [0.0, 0.3],
     "lobed": [0.0, 0.2],
     "dividing": [0.0, 0.1],
+    "outline": 3.0,
 }
 _NUCLEI = {
     "brightness_spread": [0.1, 0.5],
@@ -92,6 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "closeness": [0.7, 0.85],
             "reach": [1.2, 2.0],
             "dividing": 0.0,
+            "outline": 0.0,
         },
         "stain": {
             "nucleus": [0.0, 0.1],
@@ -149,7 +151,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "optics": {
             "psf_um": [0.2, 1.2],
-            "psf_ratio": [1.5, 6.0],
+            "psf_ratio": [1.5, 8.0],
             "scatter": [1.0, 3.0],
             "attenuation_um": [30.0, 1000.0],
             "haze": [0.0, 0.8],

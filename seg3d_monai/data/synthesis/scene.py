@@ -51,6 +51,9 @@ class Objects(Group):
         deformation: height of smooth bumps, in radii.
         ellipsoid, elongated, lobed, dividing: weights of the families; see `FAMILIES`.
         elongation: longest over shortest axis of the elongated, at most.
+        outline: how far labels go beyond surfaces into the blur: variances of the point spread that are added to
+            squared radii. 0 is the surface; 3 about where an object's own light is a quarter of its brightest, as
+            people outline what they see, longer along z than it is.
     """
 
     diameter_um: float = number(12.0, is_scale=True)
@@ -66,6 +69,7 @@ class Objects(Group):
     lobed: float = number(0.0)
     dividing: float = number(0.0)
     elongation: float = number(2.5, low=1.0, high=5.0)
+    outline: float = number(0.0, high=10.0, is_late=True)
 
 
 @dataclass(frozen=True, kw_only=True)

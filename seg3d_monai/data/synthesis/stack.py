@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from seg3d_monai.data.synthesis import light
-from seg3d_monai.data.synthesis.cells import Cells, Painter, as_cells
-from seg3d_monai.data.synthesis.contrast import contrast_to_noise
+from seg3d_monai.data.synthesis.cells import Cells, Painter, as_cells, grown
+from seg3d_monai.data.synthesis.contrast import contrast_to_noise, point_spread_um
 from seg3d_monai.data.synthesis.light import CHANNELS
 from seg3d_monai.data.synthesis.placement import place_shapes, wanted_number
 from seg3d_monai.data.synthesis.region import Region
@@ -85,7 +85,14 @@ class SyntheticStack:
                 f"{scene.objects.fill * len(placed) / wanted:.3g}. Lower it or objects.closeness"
             )
         self.cells: Cells = as_cells(np.random.default_rng((*scene.seed, _LOBES)), placed)
-        self._painter = Painter(self.cells, self._spacing, *light.painted_range(scene))
+        self._painter = self._outliner = Painter(self.cells, self._spacing, *light.painted_range(scene))
+        self._sizes_um3 = self.cells.volumes()
+        if scene.objects.outline:
+            sigma = point_spread_um(scene, self.cells.shapes.centre, self.extent_um)[:, None]
+            squares = scene.objects.outline * (sigma * (scene.optics.psf_ratio, 1, 1)) ** 2
+            outlined = grown(self.cells, squares)
+            self._outliner = Painter(outlined, self._spacing, scene.objects.reach, 0.01)
+            self._sizes_um3 = outlined.volumes()
         self._brightness = light.brightness(scene, self.cells)
         self._centres, self._masses = self.cells.centres(), self.cells.volumes() * self._brightness[1:]
         contrasts = contrast_to_noise(
@@ -107,7 +114,7 @@ class SyntheticStack:
 
     def owners(self, region: Region) -> Array:
         """Numbers of the objects from 1 in the order of `cells`, 0 for background; int32 [d, h, w]."""
-        return self._painter.paint(region.start, region.stop).owner(self.scene.objects.reach)
+        return self._outliner.paint(region.start, region.stop).owner(self.scene.objects.reach)
 
     def image(self, region: Region) -> Array:
         """Camera counts, uint16 [C, d, h, w]."""
@@ -129,7 +136,8 @@ class SyntheticStack:
             sharp, wide = (each[inner] for each in light.blurred(stain, scene.optics, spacing))
             photons = light.illuminated(scene, sharp, wide, far, region, spacing, self.shape[2], number)
             channels.append(light.recorded(scene, photons, region, number))
-        return np.stack(channels), painted.owner(scene.objects.reach)[inner]
+        has_outlines = self._outliner is not self._painter
+        return np.stack(channels), self.owners(region) if has_outlines else painted.owner(scene.objects.reach)[inner]
 
     def whole(self) -> tuple[Array, Array]:
         """The volume at once: image uint16 [C, Z, Y, X], and labels uint32 [Z, Y, X]: compact ids, or `IGNORED`."""
@@ -140,7 +148,7 @@ class SyntheticStack:
         image, owners = self.image_and_owners(Region(start=np.zeros(3, np.int64), stop=np.array(self.shape)))
         ids = self.ids(np.bincount(owners.ravel(), minlength=self.cells.num_objects + 1))
         is_labelled = (ids > 0) & (ids != IGNORED)
-        return image, ids[owners], self.cells.volumes()[is_labelled[1:]] / self._spacing.prod()
+        return image, ids[owners], self._sizes_um3[is_labelled[1:]] / self._spacing.prod()
 
     def ids(self, voxels: Array) -> Array:
         """Labels of the objects, by number.

@@ -74,6 +74,40 @@ def test_contrast_is_that_of_the_image(change: dict[str, Any]) -> None:
     assert expected[0] == pytest.approx((inside.mean() - np.median(beside)) / noise, rel=0.2)
 
 
+@pytest.mark.parametrize(("ratio", "psf_um"), [(3.0, 0.7), (3.0, 1.4), (1.5, 2.5), (6.0, 0.8)])
+def test_labels_end_where_a_quarter_of_the_light_is_left(ratio: float, psf_um: float) -> None:
+    scene = Scene(
+        seed=(11,),
+        voxels=Voxels(plane_um=0.5, anisotropy=1.0),
+        objects=Objects(
+            fill=0.009, diameter_um=12, spread=0, attach=0, axis_ratio=1, deformation=0, closeness=2.0, outline=3.0
+        ),
+        optics=replace(CLEAR, psf_um=psf_um, psf_ratio=ratio, scatter=1.0),
+        stain=EVEN,
+        background=Background(glow=0.0),
+        camera=Camera(photons=1e4, read_noise=0.0, offset=0.0, gain=1.0),
+    )
+    stack = next(
+        made
+        for seed in range(400)
+        if (made := SyntheticStack(replace(scene, seed=(seed,)), (80, 60, 64))).cells.num_objects == 1
+        and (abs(made.cells.centres()[0] - made.extent_um / 2) < made.extent_um / 2 - (16, 10, 10)).all()
+    )
+    image, labels = stack.whole()
+    z, y, x = (stack.cells.centres()[0] / 0.5).astype(int)
+    for profile, inside in ((image[0][:, y, x], labels[:, y, x]), (image[0][z, :, x], labels[z, :, x])):
+        ends = np.flatnonzero(inside)[[0, -1]]
+        share = np.mean([profile[ends[0] - 1 : ends[0] + 1], profile[ends[1] : ends[1] + 2]]) / profile.max()
+        assert 0.15 < share < 0.35
+    extents = [np.ptp(np.flatnonzero((labels == 1).any(axis=tuple({0, 1, 2} - {axis})))) + 1 for axis in range(3)]
+    spread = psf_um * np.array([ratio, 1, 1])
+    np.testing.assert_allclose(extents, 2 * np.sqrt(36 + 3 * spread**2) / 0.5, atol=1.5)
+    plain = SyntheticStack(replace(stack.scene, objects=replace(scene.objects, outline=0.0)), (80, 60, 64)).whole()
+    assert np.array_equal(plain[0], image)
+    assert (labels[plain[1] > 0] == 1).all()
+    assert (labels == 1).sum() == pytest.approx(4 / 3 * np.pi * np.prod(np.sqrt(36 + 3 * spread**2)) / 0.125, rel=0.03)
+
+
 def test_what_cannot_be_seen_is_ignored_and_ids_stay_compact() -> None:
     stack = SyntheticStack(DEEP, (40, 60, 50))
     image, labels = stack.whole()

@@ -14,7 +14,7 @@ from seg3d_monai.data.synthesis.scene import Background, Camera, Objects, Optics
 from seg3d_monai.data.synthetic_nuclei import MIN_VISIBLE_VOXELS
 from seg3d_monai.data.transforms import train_transforms
 
-MIXED = Objects(fill=0.4, elongated=0.3, lobed=0.3, dividing=0.2, diameter_um=9.0)
+MIXED = Objects(fill=0.4, elongated=0.3, lobed=0.3, dividing=0.2, diameter_um=9.0, outline=2.0)
 BUSY = Background(specks=0.4, fibres=3.0)
 
 
