@@ -62,7 +62,7 @@ def predict(
     input: str,
     output: str,
     *,
-    bundle: str,
+    bundle: str = "maskrcnn3d",
     config_file: str | None = None,
     overlay: str | None = None,
     checkpoint: str | None = None,
