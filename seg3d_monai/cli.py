@@ -153,7 +153,7 @@ def seam_check(
     input: str,
     report: str,
     *,
-    bundle: str,
+    bundle: str = "maskrcnn3d",
     config_file: str | None = None,
     overlay: str | None = None,
     checkpoint: str | None = None,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from warm_processes import run_module
 
-from seg3d_monai import __version__, cli, cli_bundle
+from seg3d_monai import __version__, cli, cli_annotate, cli_bundle
 from seg3d_monai.cli_arguments import UsageError, bind, help_text, nearest
 
 
@@ -110,8 +110,8 @@ def test_overrides_are_kept_as_they_were_written() -> None:
 
 
 def test_a_misspelt_required_flag_is_named_where_overrides_are_open() -> None:
-    with pytest.raises(UsageError, match="unknown flag --bundel; did you mean --bundle"):
-        bind(cli.predict, ["in", "out", "--bundel", "x"])
+    with pytest.raises(UsageError, match="unknown flag --chekpoint; did you mean --checkpoint"):
+        bind(cli_annotate.suggest, ["pool.sqlite", "--output", "out", "--chekpoint", "x"])
 
 
 def test_nearest_names_the_closest_or_all() -> None:
@@ -165,9 +165,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_a_mistake_is_one_line_and_exit_code_2_in_a_process() -> None:
-    shown = seg3d("predict", "in.tif", "out.zarr", "--bundel", "x")
+    shown = seg3d("evaluate", "true.tif", "out.zarr", "--jsn", "x")
     assert (shown.returncode, shown.stdout) == (2, "")
-    assert shown.stderr == "seg3d: error: predict: unknown flag --bundel; did you mean --bundle?\n"
+    assert shown.stderr == "seg3d: error: evaluate: unknown flag --jsn; did you mean --json?\n"
 
 
 def test_traceback_on_request() -> None:

@@ -131,6 +131,8 @@ def read_source(folder: Path, files: Sequence[str], checkpoint: str | None) -> E
     parser = ConfigParser()
     parser.read_config(list(files))
     parser["device"] = "cpu"
+    if "bundle_root" in parser:  # says where it was written for
+        parser["bundle_root"] = str(folder)
     if checkpoint is not None:
         parser["checkpoint"] = checkpoint
     parser.parse(True)

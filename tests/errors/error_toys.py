@@ -78,7 +78,7 @@ def write_place(folder: Path) -> Path:
     tifffile.imwrite(folder / "cube.tif", np.random.default_rng(0).poisson(100, (12, 24, 24)).astype(np.uint16))
     _write_broken(folder, image, labels)
     _write_dataset(folder / "data", image, labels)
-    network = Toy(backbone=resnet_backbone(depth=10, in_channels=1, width=8), num_classes=1)
+    network = Toy(backbone=resnet_backbone(depth=10, in_channels=1, width=8, norm="batch"), num_classes=1)
     torch.save(network.state_dict(), folder / "model.pt")
     torch.save({"other": torch.zeros(3)}, folder / "other.pt")
     write_bundle(folder / "toy")

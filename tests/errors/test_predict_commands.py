@@ -115,7 +115,7 @@ RELABELS = [
     ("relabel group.zarr", "the journal of group.zarr is gone; predict again"),
     ("relabel image.tif", "the journal of image.tif is gone; predict again"),
     ("relabel out.zarr --score_threshold 2", "score_threshold is 2; give a score in 0 to 1"),
-    ("relabel out.zarr --score_threshold 0.1", "were not kept when out.zarr was predicted; give at least 0.8"),
+    ("relabel out.zarr --score_threshold 0.1", "were not kept when out.zarr was predicted; give at least 0.7"),
     ("relabel out.zarr --min_volume -1", "min_volume is -1; pass an integer of at least 0"),
     ("relabel out.zarr --min_volume 1.5", "--min_volume = '1.5' is not an integer"),
     ("relabel out.zarr --num_workers 0", "num_workers is 0; pass an integer of at least 1"),
@@ -147,8 +147,9 @@ def test_a_mistake_with_relabel_changes_nothing(words: str, fragment: str, place
 
 
 def test_missing_words(place: Path, capsys: Capsys) -> None:
-    refused_in(place, capsys, ["predict", "image.tif"], "predict: missing OUTPUT and --bundle; see --help")
-    refused_in(place, capsys, ["seam-check", "image.tif", "s.json"], "seam-check: missing --bundle; see --help")
+    refused_in(place, capsys, ["predict", "image.tif"], "predict: missing OUTPUT; see --help")
+    refused_in(place, capsys, ["seam-check", "image.tif"], "seam-check: missing REPORT; see --help")
+    refused_in(place, capsys, ["annotate", "suggest", "x.sqlite"], "suggest: missing --checkpoint and --output; see")
     refused_in(place, capsys, ["relabel"], "relabel: missing OUTPUT; see --help")
 
 

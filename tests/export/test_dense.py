@@ -50,7 +50,7 @@ def test_boxes_and_objectness_give_the_proposals_that_the_network_goes_on_with(
     )
     network(images())
     outputs = DensePart(network)(images())
-    levels = [2 * 8 * 8 * 12, 2 * 4 * 4 * 6]  # two anchors a cell of strides (2, 4, 4) and (4, 8, 8)
+    levels = [3 * 8 * 8 * 12, 3 * 4 * 4 * 6]  # three anchors a cell of strides (2, 4, 4) and (4, 8, 8)
     assert outputs["boxes"].shape == (2, sum(levels), 6)
     for n, proposals in enumerate(seen):
         kept: list[tuple[float, np.ndarray]] = []
@@ -77,9 +77,8 @@ def test_features_are_those_that_heads_read(small: Callable[..., nn.Module]) -> 
     read = {*network.box_pooler.strides, *network.mask_pooler.strides}
     assert {name for name in outputs if name.startswith("features_")} == {f"features_{level}" for level in read}
     assert outputs["features_p1"].shape == (2, 8, 16, 16, 24)
-    assert "semantic_logits" not in outputs
-    with_head = DensePart(small("maskrcnn3d", **{"network_def#semantic": True}))(images())
-    assert with_head["semantic_logits"].shape == (2, 2, 16, 16, 24)
+    assert outputs["semantic_logits"].shape == (2, 2, 16, 16, 24)
+    assert "semantic_logits" not in DensePart(small("maskrcnn3d", **{"network_def#semantic": False}))(images())
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def printed_names(text: str) -> list[str]:
         (["maskrcnn3d", "no/folder/net.ts"], "its folder does not exist"),
         (["maskrcnn3d", "net.ts", "--overlay", "no_such"], "overlay 'no_such.json' does not exist"),
         (["maskrcnn3d", "net.ts", "--checkpoint", "no.pt"], "'no.pt' does not exist"),
-        (["maskrcnn3d", "net.ts"], "runs/maskrcnn3d/model.pt' does not exist; train first or give --checkpoint"),
+        (["mask2former3d", "net.ts"], "runs/mask2former3d/model.pt' does not exist; train first or give --checkpoint"),
         (["maskrcnn3d", "net.ts", "--shape", "[16,32]"], "three positive numbers of voxels"),
         (
             ["maskrcnn3d", "net.ts", "--shape", "[16,40,48]"],
@@ -210,6 +210,12 @@ def test_a_traced_file_fails_at_another_shape(
         FORMATS[".ts"].read(tmp_path / "net.ts", [])(torch.rand(other))
 
 
+def test_what_a_bundle_ships_is_written_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "maskrcnn3d", "net.ts", "--shape", "[8,16,32]"]) == 0
+    assert (tmp_path / "net.ts").is_file()
+
+
 def test_weights_of_other_shapes_are_named(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,4 +225,4 @@ def test_weights_of_other_shapes_are_named(
     write_weights(weights, state)
     words = ["export", "maskrcnn3d", str(tmp_path / "net.ts"), "--overlay", str(overlay)]
     assert main([*words, "--checkpoint", str(weights)]) == 2
-    assert "rpn.objectness.weight (1, 8, 1, 1, 1) instead of (2, 8, 1, 1, 1)" in capsys.readouterr().err
+    assert "rpn.objectness.weight (1, 8, 1, 1, 1) instead of (3, 8, 1, 1, 1)" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def test_the_output_has_the_shape_that_metadata_tells(bundle: str) -> None:
         found = parser.get_parsed_content("dense_net_def").eval()(torch.rand(1, 1, 16, 64, 32))
     assert found.shape[1] == shape["num_channels"]
     if bundle == "maskrcnn3d":
-        assert found.shape[2:] == (2 * (8 * 16 * 8 + 4 * 8 * 4),)
+        assert found.shape[2:] == (3 * (8 * 16 * 8 + 4 * 8 * 4),)
     else:
         assert found.shape[2:] == (16, 32, 16)  # the strides of "16*n" of 16, 32 and 32 voxels
         assert (found.min() >= 0) & (found.max() <= 1)
