@@ -17,6 +17,7 @@ _SHAPES = {
     "lobed": [0.0, 0.2],
     "dividing": [0.0, 0.1],
     "outline": 3.0,
+    "margin": 0.5,
 }
 _NUCLEI = {
     "brightness_spread": [0.1, 0.5],
@@ -94,6 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "reach": [1.2, 2.0],
             "dividing": 0.0,
             "outline": 0.0,
+            "margin": 0.0,
         },
         "stain": {
             "nucleus": [0.0, 0.1],

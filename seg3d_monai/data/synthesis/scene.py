@@ -54,6 +54,8 @@ class Objects(Group):
         outline: how far labels go beyond surfaces into the blur: variances of the point spread that are added to
             squared radii. 0 is the surface; 3 about where an object's own light is a quarter of its brightest, as
             people outline what they see, longer along z than it is.
+        margin: voxels by which labels are larger on every side: people draw outlines around objects, and a voxel that
+            an outline touches counts.
     """
 
     diameter_um: float = number(12.0, is_scale=True)
@@ -70,6 +72,7 @@ class Objects(Group):
     dividing: float = number(0.0)
     elongation: float = number(2.5, low=1.0, high=5.0)
     outline: float = number(0.0, high=10.0, is_late=True)
+    margin: float = number(0.0, high=3.0, is_late=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,10 +87,11 @@ class SyntheticStack:
         self.cells: Cells = as_cells(np.random.default_rng((*scene.seed, _LOBES)), placed)
         self._painter = self._outliner = Painter(self.cells, self._spacing, *light.painted_range(scene))
         self._sizes_um3 = self.cells.volumes()
-        if scene.objects.outline:
+        if scene.objects.outline or scene.objects.margin:
             sigma = point_spread_um(scene, self.cells.shapes.centre, self.extent_um)[:, None]
             squares = scene.objects.outline * (sigma * (scene.optics.psf_ratio, 1, 1)) ** 2
-            outlined = grown(self.cells, squares)
+            radius = np.abs(np.linalg.det(self.cells.shapes.axes))[:, None] ** (-1 / 3)
+            outlined = grown(self.cells, squares + (radius + scene.objects.margin * self._spacing) ** 2 - radius**2)
             self._outliner = Painter(outlined, self._spacing, scene.objects.reach, 0.01)
             self._sizes_um3 = outlined.volumes()
         self._brightness = light.brightness(scene, self.cells)

@@ -108,6 +108,31 @@ def test_labels_end_where_a_quarter_of_the_light_is_left(ratio: float, psf_um: f
     assert (labels == 1).sum() == pytest.approx(4 / 3 * np.pi * np.prod(np.sqrt(36 + 3 * spread**2)) / 0.125, rel=0.03)
 
 
+def test_a_margin_is_as_many_voxels_on_every_side() -> None:
+    objects = Objects(fill=0.02, diameter_um=9, spread=0, attach=0, axis_ratio=1, deformation=0, closeness=2.0)
+    shape, spacing = (30, 60, 70), np.array([1.5, 0.6, 0.6])
+    voxels = Voxels(plane_um=0.6, anisotropy=2.5)
+    plain, larger = (
+        SyntheticStack(Scene(seed=(3,), voxels=voxels, objects=replace(objects, margin=margin)), shape)
+        for margin in (0.0, 1.5)
+    )
+    (image, before), (again, after) = plain.whole(), larger.whole()
+    assert np.array_equal(image, again)
+    for number in range(1, int(before.max()) + 1):
+        places = np.argwhere(before == number)
+        if (places.min(0) < 3).any() or (places.max(0) >= np.array(shape) - 3).any():
+            continue
+        own = after[tuple(places[len(places) // 2])]
+        assert (after[before == number] == own).all()
+        extents = np.ptp(np.argwhere(after == own), axis=0) + 1
+        np.testing.assert_allclose(extents, 9 / spacing + 3, atol=1.2)
+        radii = 4.5 / spacing + 1.5
+        assert (after == own).sum() == pytest.approx(4 / 3 * np.pi * radii.prod(), rel=0.05)
+        break
+    else:
+        pytest.fail("no object lies inside")
+
+
 def test_what_cannot_be_seen_is_ignored_and_ids_stay_compact() -> None:
     stack = SyntheticStack(DEEP, (40, 60, 50))
     image, labels = stack.whole()
