@@ -35,7 +35,9 @@ class Options:
 def read_bundle(
     options: Options, run: str, *, overlays: Sequence[str] = (), changes: Mapping[str, Any] | None = None
 ) -> ConfigParser:
-    """train.json of the bundle without its validation, overlays over it, then changed ids.
+    """train.json of the bundle without its validation and with group norms, overlays over it, then changed ids.
+
+    BatchNorm takes the moments of the crops of a process: how crops are divided would change gradients.
 
     Args:
         options: of the benchmark.
@@ -44,6 +46,7 @@ def read_bundle(
         changes: values by id.
     """
     fixed = {"dataset_dir": str(options.data), "output_dir": str(options.folder / run / str(rank())), "device": "cpu"}
+    fixed |= {"backbone#norm": "group", "network_def#norm": "group"}
     parser = read_config(MODEL, overlays, fixed | dict(changes or {}), options.is_quick)
     handlers = parser["train#handlers"]
     parser["train#handlers"] = [x for x in handlers if x["_target_"] != "seg3d_monai.engine.Validation"]

@@ -28,7 +28,7 @@ PLANNED = ("crop_size", "batch_size", "block_size", "halo", "network_def#max_det
 METHOD = (
     "For each ratio of a voxel's depth to its width (0.7 um): `seg3d index`, `plan`, and `train` with the plan for as "
     "many steps as is said, on sparse, crowded and packed synthetic nuclei together; then `predict` and `evaluate` on "
-    "others, each volume as one block (whole) and in the blocks of the plan. Nothing is tuned. labelled: share of the "
+    "others, each volume as one block (whole) and in blocks, of the plan or of a crop. Nothing is tuned. labelled: share of the "
     "voxels; touching: objects that have a face in common with another one; cut: those that reach the volume's border; "
     "planes: z extent of the median object; caps: what a log says to raise."
 )
@@ -130,6 +130,8 @@ def predicted(
     output, scores = folder / "predicted" / f"{name}.zarr", folder / "predicted" / f"{name}.json"
     output.parent.mkdir(exist_ok=True)
     block = [max(volume.shape)] * 3 if way == "whole" else config.get("block_size")
+    if way == "blocks" and all(own >= size for own, size in zip(block, volume.shape, strict=True)):
+        block = config.get("crop_size")  # else nothing would be divided
     if not scores.exists():
         words = [str(volume.image), str(output), "--bundle", options.bundle, "--overlay", ",".join(overlays)]
         words += ["--checkpoint", str(folder / "run" / "model.pt"), *flags({"block_size": block, "device": "cpu"})]
