@@ -15,8 +15,8 @@ SCRIPT = "bench_engine"
 SECTIONS = ("engine", "zero0", "workers", "gradients", "bytes", "start")
 DESCRIPTION = (
     "Measures the training engine on the shipped Mask R-CNN with group norms: its time against a plain loop, "
-    "DeepSpeed's ZeRO 0 against doing without, two workers against one, gradients of the same step taken in different ways, bytes of weights, "
-    "gradients and optimizer state under ZeRO 3, and how long two workers take to start."
+    "DeepSpeed's ZeRO 0 against doing without, two workers against one, gradients of the same step taken in different "
+    "ways, bytes of weights, gradients and optimizer state under ZeRO 3, and how long two workers take to start."
 )
 
 

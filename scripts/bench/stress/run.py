@@ -29,8 +29,8 @@ METHOD = (
     "For each ratio of a voxel's depth to its width (0.7 um): `seg3d index`, `plan`, and `train` with the plan for as "
     "many steps as is said, on sparse, crowded and packed synthetic nuclei together; then `predict` and `evaluate` on "
     "others, each volume as one block (whole) and in blocks, of the plan or of a crop. Nothing is tuned. labelled: "
-    "share of the voxels; touching: objects that have a face in common with another one; cut: those that reach the volume's border; "
-    "planes: z extent of the median object; caps: what a log says to raise."
+    "share of the voxels; touching: objects that have a face in common with another one; cut: those that reach the "
+    "volume's border; planes: z extent of the median object; caps: what a log says to raise."
 )
 
 
