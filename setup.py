@@ -12,8 +12,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 OF_A_BUNDLE = (".json", ".yaml", ".conf", ".md", ".txt")
-SHIPPED = ("LICENSE", "models/model.pt")
-"""Of a bundle besides: other weights that somebody trained in place stay where they are."""
+"""Besides LICENSE and models/model.pt: other weights that somebody trained in place stay where they are."""
 
 
 def _not_of_a_bundle(folder: str, names: list[str]) -> list[str]:
@@ -24,7 +23,12 @@ def _not_of_a_bundle(folder: str, names: list[str]) -> list[str]:
         for name in names
         if name.startswith(".")
         or name == "__pycache__"
-        or not ((place / name).is_dir() or name.endswith(OF_A_BUNDLE) or f"{folder}/{name}".endswith(SHIPPED))
+        or not (
+            (place / name).is_dir()
+            or name.endswith(OF_A_BUNDLE)
+            or name == "LICENSE"
+            or (place.name, name) == ("models", "model.pt")
+        )
     ]
 
 

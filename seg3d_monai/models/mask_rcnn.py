@@ -246,7 +246,7 @@ class MaskRCNN3d(nn.Module):
         pooled, images_of_boxes = self.mask_pooler(features, boxes, batch), None
         if self.mask_head.image_channels:
             size = [n * finer for n, finer in zip(self.mask_pooler.output_size, self.mask_head.upsample, strict=True)]
-            if self.mask_head.image_channels == 1:
+            if self.mask_head.image_channels < images.shape[1]:
                 images = images.mean(1, keepdim=True)
             with torch.autocast(images.device.type, enabled=False):
                 images_of_boxes = roi_align3d(images.to(boxes.dtype), boxes, batch, size, (1.0, 1.0, 1.0), 1)
