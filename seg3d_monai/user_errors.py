@@ -76,17 +76,17 @@ def full_disk_names(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write beside the target and rename, so that nobody ever sees half a file, and an old one stays until then.
 
     Args:
         path: The file; its folder exists.
-        text: Its content.
+        content: Of it; text is written as UTF-8.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with full_disk_names(path):
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -16,9 +16,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Events
 from tqdm import tqdm
 
+from seg3d_monai.data.memory_limit import peak_memory
 from seg3d_monai.engine.checkpoint import (
     SPACING,
     read_checkpoint,
@@ -263,6 +265,9 @@ class LossMeans:
 class CsvLog:
     """Write `train.csv` (means over an interval) and `validation.csv` under output_dir; a resumed run goes on in them.
 
+    Beside the clock stand the peaks of memory since the process began, in 1e9 bytes: `memory_gb` of the process (empty
+    on Windows), `cuda_memory_gb` of torch's allocator where a GPU is used. Both are of the first process.
+
     Args:
         output_dir: folder of the run; made if missing.
         interval: iterations a row of train.csv, > 0.
@@ -298,6 +303,7 @@ class CsvLog:
             "epoch": state.epoch,
             "iteration": state.iteration,
             "elapsed_seconds": round(engine.elapsed, 3),
+            **_peaks_gb(),
             **values,
         }
         if path not in self._known:  # rows that an earlier run wrote after the checkpoint would come twice
@@ -314,6 +320,14 @@ class CsvLog:
                 writer.writerows({key: old.get(key, "") for key in row} for old in kept)
         with path.open("a", newline="") as file:
             csv.DictWriter(file, list(row)).writerow(row)
+
+
+def _peaks_gb() -> dict[str, float | None]:
+    peak = peak_memory()
+    peaks = {"memory_gb": None if peak is None else round(peak / 1e9, 3)}
+    if torch.cuda.is_initialized():
+        peaks["cuda_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return peaks
 
 
 class Progress:

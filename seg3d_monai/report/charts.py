@@ -96,7 +96,8 @@ def histogram(values: Mapping[str, Array], *, x: str, is_log: bool = False) -> s
 def losses(table: pd.DataFrame) -> str:
     """The losses of a training's log against minutes, smoothed over a hundredth of it, on a logarithmic axis."""
     minutes = table["elapsed_seconds"] / 60
-    names = [name for name in table.columns if name not in ("epoch", "iteration", "elapsed_seconds", "lr")]
+    beside = ("epoch", "iteration", "elapsed_seconds", "memory_gb", "cuda_memory_gb", "lr")
+    names = [name for name in table.columns if name not in beside]
     window = max(1, len(table) // 100)
     figure, axes = _chart(HEIGHT + 0.2 * -(-len(names) // 3))
     for name, colour in zip(names, _colours(len(names)), strict=True):

@@ -258,11 +258,15 @@ def _training_facts(train: pd.DataFrame | None) -> dict[str, Any]:
     if train is None or not len(train):
         return {}
     last = train.iloc[-1]
-    return {
+    facts = {
         "minutes of training": float(last["elapsed_seconds"]) / 60,
         "steps": int(last["iteration"]),
         "seconds a step": float(last["elapsed_seconds"]) / int(last["iteration"]),
     }
+    for column, where in (("memory_gb", ""), ("cuda_memory_gb", " on the GPU")):
+        if column in train and train[column].notna().any():
+            facts[f"peak memory of the training{where}, GB"] = float(train[column].max())
+    return facts
 
 
 def _object_table(output: Path) -> pd.DataFrame:

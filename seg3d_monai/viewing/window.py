@@ -6,12 +6,14 @@ It must not know files or formats.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from seg3d_monai.user_errors import write_whole
 from seg3d_monai.viewing.display import need_display
 from seg3d_monai.viewing.layer_data import LayerData
 
@@ -137,6 +139,7 @@ def _shown(value: Any) -> str:
 
 
 def _take_picture(viewer: Any, file: Path) -> None:
+    from PIL import Image
     from qtpy import QtCore, QtWidgets
 
     qt: Any = QtCore  # its names come from whichever binding is installed
@@ -151,4 +154,7 @@ def _take_picture(viewer: Any, file: Path) -> None:
     # Levels of a pyramid are chosen when the canvas is drawn, so it is drawn once before.
     viewer.screenshot(size=PICTURE, canvas_only=True, flash=False)
     QtWidgets.QApplication.processEvents()
-    viewer.screenshot(path=str(file), size=PICTURE, canvas_only=True, flash=False)
+    picture = BytesIO()
+    pixels = viewer.screenshot(size=PICTURE, canvas_only=True, flash=False)
+    Image.fromarray(pixels).save(picture, format="png")
+    write_whole(file, picture.getvalue())

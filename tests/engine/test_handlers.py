@@ -1,12 +1,16 @@
 """Validation, best weights, CSV files and progress lines, on the toy trainer."""
 
 import csv
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from engine_toys import ToyLoader, ToyPredictor, evaluator_of, three_bars, toy_item
 from ignite.engine import Events
 
+from seg3d_monai.data.memory_limit import machine_memory
 from seg3d_monai.engine import Checkpoints, CsvLog, Progress, TrainerEvents, Validation, VolumeEvaluator, read_spacing
 
 
@@ -103,7 +107,12 @@ def test_csv_rows(make_trainer, tmp_path):
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: outputs.append(trainer.state.output[0]))
     trainer.run()
     rows = rows_of(tmp_path / "train.csv")
-    assert list(rows[0]) == ["epoch", "iteration", "elapsed_seconds", "lr", "loss", "first", "second"]
+    assert list(rows[0]) == ["epoch", "iteration", "elapsed_seconds", "memory_gb", "lr", "loss", "first", "second"]
+    peaks = [float(row["memory_gb"]) for row in rows]
+    assert peaks == sorted(peaks)
+    if sys.platform == "linux":
+        resident_gb = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+        assert 0.5 * resident_gb < peaks[-1] < machine_memory() / 1e9
     assert [(row["epoch"], row["iteration"]) for row in rows] == [("1", "2"), ("1", "4"), ("2", "6"), ("2", "8")]
     assert float(rows[1]["first"]) == (outputs[2]["first"] + outputs[3]["first"]) / 2
     scores = rows_of(tmp_path / "validation.csv")

@@ -49,6 +49,10 @@ COMMANDS: dict[str, tuple[list[str], str, str, set[str]]] = {
     "evaluate": (["evaluate", "labels.tif", "out.zarr", "--json", "n.json"], "n.json", "n.json", set()),
     "report": (["report", "out.zarr", "--image", "image.tif"], "out.report.html", "out.report.html", set()),
     "annotate suggest": ([*SUGGEST, "--output", "new"], "new", "new", {"new.partial*"}),
+    "annotate import": (
+        ["annotate", "import", "regions", "data/manifest.csv", "--accept_unchanged", "--replace_known"],
+        *("regions", "regions/manifest.csv", {"regions/labels*"}),
+    ),
     "bundle check": (["bundle", "check", "toy", "--json", "c.json"], "c.json", "c.json", set()),
     "bundle pack": (["bundle", "pack", BUNDLE, "x.zip"], "x.zip", "x.zip", set()),
     "train": (TRAIN, "new", "new/model.pt", {"new", "new/crops.sqlite"}),

@@ -14,6 +14,7 @@ from test_looked_at import scene
 
 from seg3d_monai.metrics import InstanceMetrics
 from seg3d_monai.report.build import build, write_report
+from seg3d_monai.report.charts import losses
 from seg3d_monai.report.looked_at import LookedAt
 from seg3d_monai.report.page import Page, shown
 from seg3d_monai.report.sources import Source
@@ -103,6 +104,12 @@ def test_a_page_says_what_there_is():
 
 def test_the_same_source_gives_the_same_page():
     assert build(source([scene()])) == build(source([scene()]))
+
+
+def test_losses_are_drawn_without_what_stands_beside_them():
+    table = pd.DataFrame({"elapsed_seconds": [60.0, 120.0], "loss": [2.0, 1.0]})
+    beside = {"epoch": 1, "iteration": [10, 20], "memory_gb": [3.0, 4.0], "cuda_memory_gb": 1.0, "lr": 0.1}
+    assert losses(table.assign(**beside)) == losses(table)
 
 
 def test_no_truth_no_objects_and_no_training():

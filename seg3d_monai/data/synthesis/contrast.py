@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from seg3d_monai.data.synthesis.noise import variation_of_sums
 from seg3d_monai.data.synthesis.scene import Recipe, Scene, Seed
 
 MAX_DRAWS = 100
@@ -41,7 +42,8 @@ def contrast_to_noise(
     """Mean light of objects over that beside them, in standard deviations of a voxel's noise; float64 [G].
 
     Counted are the stain and its spread by the optics, attenuation, the sheet's ends, shot noise of signal, glow and
-    haze, read noise and whole numbers of the camera. Shapes count as balls; neighbours are left out.
+    haze, read noise and whole numbers of the camera. Noise that is correlated counts as the white noise that hides an
+    object as well. Shapes count as balls; neighbours are left out.
 
     Args:
         scene: the scene.
@@ -65,7 +67,8 @@ def contrast_to_noise(
     signal = light * np.maximum(inside * brightness / spread, membrane)
     around = light * (scene.background.glow + optics.haze * scene.objects.fill * stain.nucleus)
     read, step = camera.read_noise / camera.gain, max(camera.counts_a_level, 1.0) / camera.gain
-    noise = np.sqrt(signal + around + read**2 + step**2 / 12)
+    grain = variation_of_sums((camera.grain_axial, camera.grain, camera.grain))
+    noise = np.sqrt((signal + around + read**2) * grain**2 + step**2 / 12)
     contrast: Array = signal / noise
     return contrast
 

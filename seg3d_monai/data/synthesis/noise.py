@@ -101,6 +101,15 @@ def filtered_noise(seed: Sequence[int], start: Places, stop: Places, sigma: Sequ
     return _filtered(seed, [int(a) for a in start], [int(b) for b in stop], [gaussian(s) for s in sigma])
 
 
+def variation_of_sums(sigma: Sequence[float] | Array) -> float:
+    """How much more a sum over many voxels of `filtered_noise` varies than one of white noise.
+
+    Args:
+        sigma: standard deviation of the filter along each axis, voxels.
+    """
+    return prod(sum(kernel) / sum(w * w for w in kernel) ** 0.5 for kernel in map(gaussian, sigma))
+
+
 def _filtered(seed: Sequence[int], first: Sequence[int], last: Sequence[int], kernels: Sequence[list[float]]) -> Array:
     """White noise from `first` to before `last` through kernels, scaled to unit variance."""
     radii = [len(kernel) // 2 for kernel in kernels]

@@ -154,6 +154,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optics": {
             "psf_um": [0.2, 1.2],
             "psf_ratio": [1.5, 8.0],
+            "wings": [0.0, 0.5],
+            "wings_ratio": [1.5, 4.0],
             "scatter": [1.0, 3.0],
             "attenuation_um": [30.0, 1000.0],
             "haze": [0.0, 0.8],
@@ -171,6 +173,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "read_noise": [0.0, 12.0],
             "white_level": [1.5, 20.0],
             "bits": [8.0, 16.0],
+            "grain": [0.0, 1.5],
+            "grain_axial": [0.0, 1.0],
             "least_contrast": 1.0,
         },
     },

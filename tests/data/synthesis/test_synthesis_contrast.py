@@ -74,6 +74,13 @@ def test_contrast_is_that_of_the_image(change: dict[str, Any]) -> None:
     assert expected[0] == pytest.approx((inside.mean() - np.median(beside)) / noise, rel=0.2)
 
 
+def test_noise_that_is_correlated_hides_more() -> None:
+    white = Scene(seed=(1,), camera=Camera(photons=200))
+    correlated = replace(white, camera=replace(white.camera, grain=1.5, grain_axial=1.0))
+    hidden = (4 * np.pi) ** 0.75 * 1.5  # a filter of s lets slow noise through (4 pi s^2)^(1/4) times as strong
+    assert average_contrast(correlated) == pytest.approx(average_contrast(white) / hidden, rel=0.05)
+
+
 @pytest.mark.parametrize(("ratio", "psf_um"), [(3.0, 0.7), (3.0, 1.4), (1.5, 2.5), (6.0, 0.8)])
 def test_labels_end_where_a_quarter_of_the_light_is_left(ratio: float, psf_um: float) -> None:
     scene = Scene(

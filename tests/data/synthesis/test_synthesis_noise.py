@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from seg3d_monai.data.synthesis.noise import between, filtered_noise, gaussian, smooth_noise, white_noise
+from seg3d_monai.data.synthesis.noise import (
+    between,
+    filtered_noise,
+    gaussian,
+    smooth_noise,
+    variation_of_sums,
+    white_noise,
+)
 
 
 def test_white_noise_is_a_function_of_the_place() -> None:
@@ -55,6 +62,16 @@ def test_filtered_noise_is_a_function_of_the_place_and_of_unit_variance() -> Non
     assert np.array_equal(part, whole[7:14, 31:40, 17:56])
     assert np.array_equal(filtered_noise((6,), start, stop, (0, 0, 0)), white_noise((6,), start, stop))
     assert whole.std() == pytest.approx(1, abs=0.02)
+
+
+def test_sums_of_filtered_noise_vary_as_said() -> None:
+    sigma = (0.5, 1.0, 1.5)
+    noise = filtered_noise((8,), (0, 0, 0), (60, 480, 480), sigma)
+    sums = noise.reshape(2, 30, 8, 60, 8, 60).sum(axis=(1, 3, 5))
+    assert sums.std() / (30 * 60 * 60) ** 0.5 == pytest.approx(variation_of_sums(sigma), rel=0.2)
+    assert variation_of_sums((0, 0, 0)) == 1
+    for deviation in (1.0, 2.5):
+        assert variation_of_sums((0, deviation)) == pytest.approx((4 * np.pi * deviation**2) ** 0.25, rel=0.02)
 
 
 def test_gaussian_weights() -> None:
