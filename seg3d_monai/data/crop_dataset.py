@@ -51,6 +51,34 @@ class CropSample(TypedDict):
     roi: Roi
 
 
+def check_crops(*, crop_size: Sequence[int], num_samples: int, seed: int, min_visible: float) -> None:
+    """See that crops can be drawn so.
+
+    Raises:
+        ValueError: they cannot; the message names what and says what to give.
+    """
+    if len(crop_size) != 3 or min(crop_size) < 1:
+        raise ValueError(f"crop_size={crop_size} is not three positive voxel counts; give (z, y, x)")
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} leaves nothing to draw; use 1 or more")
+    if seed < 0:
+        raise ValueError(f"seed={seed} is negative; use 0 or more")
+    if not 0.0 <= min_visible <= 1.0:
+        raise ValueError(f"min_visible={min_visible} is not a fraction; use a number from 0 to 1")
+
+
+def epoch_and_position(item: int | tuple[int, int], num_samples: int) -> tuple[int, int]:
+    """What an item of a dataset of crops asks for; a position alone is one of epoch 0.
+
+    Raises:
+        IndexError: the position is not below `num_samples`.
+    """
+    epoch, position = item if isinstance(item, tuple) else (0, item)
+    if not 0 <= position < num_samples:
+        raise IndexError(f"position {position} is outside 0 … {num_samples - 1}")
+    return int(epoch), int(position)
+
+
 class CropDataset(Dataset[CropSample]):
     """Random crops of indexed volumes, with targets.
 
@@ -111,16 +139,9 @@ class CropDataset(Dataset[CropSample]):
         num_classes: int | None = None,
     ) -> None:
         size = tuple(int(n) for n in (index.crop_size if crop_size is None else crop_size))
-        if len(size) != 3 or min(size) < 1:
-            raise ValueError(f"crop_size={crop_size} is not three positive voxel counts; give (z, y, x)")
+        check_crops(crop_size=size, num_samples=num_samples, seed=seed, min_visible=min_visible)
         if len(margin) != 3 or min(margin) < 0:
             raise ValueError(f"margin={margin} is not three voxel counts from 0; give (z, y, x)")
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} leaves nothing to draw; use 1 or more")
-        if seed < 0:
-            raise ValueError(f"seed={seed} is negative; use 0 or more")
-        if not 0.0 <= min_visible <= 1.0:
-            raise ValueError(f"min_visible={min_visible} is not a fraction; use a number from 0 to 1")
         self.index = index
         self.num_samples = int(num_samples)
         self.crop_size = size
@@ -200,10 +221,8 @@ class CropDataset(Dataset[CropSample]):
         Raises:
             IndexError: if the position is not below `num_samples`.
         """
-        epoch, position = item if isinstance(item, tuple) else (0, item)
-        if not 0 <= position < self.num_samples:
-            raise IndexError(f"position {position} is outside 0 … {self.num_samples - 1}")
-        rng = np.random.default_rng([self.seed, int(epoch), int(position)])
+        epoch, position = epoch_and_position(item, self.num_samples)
+        rng = np.random.default_rng([self.seed, epoch, position])
         draw = self._sampler.draw(rng)
         transform_seed = int(rng.integers(2**32))
         image, label = self._read(draw)

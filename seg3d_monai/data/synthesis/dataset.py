@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from seg3d_monai.data.crop_dataset import CropSample, Transform
+from seg3d_monai.data.crop_dataset import CropSample, Transform, check_crops, epoch_and_position
 from seg3d_monai.data.intensity import measure_intensity
 from seg3d_monai.data.synthesis.contrast import visible_scene
 from seg3d_monai.data.synthesis.presets import preset
@@ -68,14 +68,7 @@ class SyntheticCropDataset(Dataset[CropSample]):
         min_visible: float = 0.3,
     ) -> None:
         size = tuple(int(n) for n in crop_size)
-        if len(size) != 3 or min(size) < 1:
-            raise ValueError(f"crop_size={crop_size} is not three positive voxel counts; give (z, y, x)")
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} leaves nothing to draw; use 1 or more")
-        if seed < 0:
-            raise ValueError(f"seed={seed} is negative; use 0 or more")
-        if not 0.0 <= min_visible <= 1.0:
-            raise ValueError(f"min_visible={min_visible} is not a fraction; use a number from 0 to 1")
+        check_crops(crop_size=size, num_samples=num_samples, seed=seed, min_visible=min_visible)
         self.recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
         self.num_samples, self.crop_size, self.seed, self.num_channels = int(num_samples), size, int(seed), channels
         self.transform = transform
@@ -95,10 +88,8 @@ class SyntheticCropDataset(Dataset[CropSample]):
             IndexError: if the position is not below `num_samples`.
             ValueError: the recipe has no scene whose objects fit into a crop.
         """
-        epoch, position = item if isinstance(item, tuple) else (0, item)
-        if not 0 <= position < self.num_samples:
-            raise IndexError(f"position {position} is outside 0 … {self.num_samples - 1}")
-        stack = self._stack(int(epoch), int(position))
+        epoch, position = epoch_and_position(item, self.num_samples)
+        stack = self._stack(epoch, position)
         image, labels, sizes = stack.whole_with_sizes()
         intensity = measure_intensity(ArrayVolume(image, stack.spacing_um), self._percentiles)
         data: dict[str, Any] = {
