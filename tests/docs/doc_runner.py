@@ -86,7 +86,8 @@ def run_seg3d(words: list[str], alone: bool) -> None:
     if command in USES:
         unnamed = {"plan": "all", "annotate suggest": "maskrcnn3d"}.get(command, free[0])
         bundle = Path(flags.get("bundle", unnamed)).name
-        if bundle in (*DETECTORS, "pretrain3d", "all"):
+        with_shipped = command == "predict" and "checkpoint" not in flags  # the weights fit the bundle as it is
+        if bundle in (*DETECTORS, "pretrain3d", "all") and not with_shipped:
             if alone and "checkpoint" in flags:
                 _write_weights(flags, bundle)
             rest = _made_small(rest, flags, USES[command], bundle)
